@@ -1,0 +1,42 @@
+"""What any pre-norm transformer block is made of, whoever wrote it.
+
+Adapters read a foreign block into these records; modules build accelerated ones from them. Nothing here computes.
+
+    x = x + layer_scale1 * proj(attention(norm1(x)))
+    x = x + layer_scale2 * fc2(activation(fc1(norm2(x))))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """qkv is one fused Linear (3 C, C), rows ordered q, k, v and head-major inside each, or three Linears (C, C)."""
+
+    qkv: tuple[nn.Linear, ...]
+    proj: nn.Linear
+    num_heads: int
+    scale: float  # multiplies q k^T before the softmax
+    q_norm: nn.LayerNorm | None = None  # over head_dim, after the split into heads
+    k_norm: nn.LayerNorm | None = None
+
+
+@dataclass(frozen=True)
+class MlpParts:
+    fc1: nn.Linear
+    fc2: nn.Linear
+    activation: str  # "gelu" | "gelu_tanh" | "quick_gelu"
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    norm1: nn.LayerNorm
+    attention: AttentionParts
+    layer_scale1: Tensor | None
+    norm2: nn.LayerNorm
+    mlp: MlpParts
+    layer_scale2: Tensor | None
