@@ -40,3 +40,12 @@ class BlockParts:
     norm2: nn.LayerNorm
     mlp: MlpParts
     layer_scale2: Tensor | None
+
+
+@dataclass(frozen=True)
+class PatchEmbedParts:
+    """conv has stride = kernel size and no padding. mean and std, one per channel, are of pixels scaled to 0..1."""
+
+    conv: nn.Conv2d
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
