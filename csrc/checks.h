@@ -1,0 +1,22 @@
+// What memory safety needs; arguments are checked for the user in pyvit_accel/ops.
+#pragma once
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+namespace pyvit_accel {
+
+inline void check_dtype(const at::Tensor& t, at::ScalarType dtype, const char* what) {
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, what, " must be ", dtype, ", got ", t.scalar_type());
+}
+inline void check_shape(const at::Tensor& t, at::IntArrayRef shape, const char* what) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, what, " must have shape ", shape, ", got ", t.sizes());
+}
+// A float vector of n values, or of one that serves all; contiguous.
+inline at::Tensor float_vector(const at::Tensor& t, int64_t n, const char* what) {
+  check_dtype(t, at::kFloat, what);
+  TORCH_CHECK_VALUE(t.dim() == 1 && (t.numel() == n || t.numel() == 1), what, " must have shape (", n, ",) or (1,), got ", t.sizes());
+  return t.contiguous();
+}
+inline at::Tensor contiguous_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
+
+}  // namespace pyvit_accel

@@ -1,0 +1,53 @@
+// Shared by the ops that end in a matmul: filling in the epilogue and dividing the work over threads.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <optional>
+#include <string_view>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace pyvit_accel {
+
+inline Activation parse_activation(std::string_view name) {
+  if (name == "none") return Activation::none;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "quick_gelu") return Activation::quick_gelu;
+  TORCH_CHECK_VALUE(false, "activation must be none, gelu, gelu_tanh or quick_gelu, got ", name);
+}
+
+inline void check_packed(const at::Tensor& w_packed, int64_t N, int64_t K) {
+  check_dtype(w_packed, at::kByte, "w_packed");
+  check_shape(w_packed, {round_up(N, kTile) / kTile, tile_bytes(K)}, "w_packed");
+}
+
+inline const float* data_or_null(const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+// The M x N output is cut into row parts x tile parts, one part a thread. Every thread rewrites its rows and reads its
+// weights, so of the cuts with the least work in the largest part, the one that touches the fewest bytes is taken.
+using GemmFn = void (*)(const Gemm&, int64_t, int64_t, int64_t, int64_t);
+inline void parallel_gemm(const Gemm& g, GemmFn fn) {
+  constexpr int64_t kRowStep = 12, kTileStep = 2, kMinWork = 1 << 20;  // MACs worth a thread: about 5 us of one core
+  const int64_t tiles = round_up(g.N, kTile) / kTile, work = g.M * g.N * g.K / kMinWork + 1;
+  if (g.M == 0 || tiles == 0) return;
+  const auto part = [](int64_t n, int64_t parts, int64_t step) { return round_up((n + parts - 1) / parts, step); };
+  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), work);
+  int64_t rows = g.M, cols = tiles, best_area = INT64_MAX, best_bytes = INT64_MAX;
+  for (int64_t row_parts = 1; row_parts <= threads; ++row_parts) {
+    if (threads % row_parts) continue;
+    const int64_t r = std::min(g.M, part(g.M, row_parts, kRowStep)), c = std::min(tiles, part(tiles, threads / row_parts, kTileStep));
+    const int64_t area = round_up(r, kRowStep) * round_up(c, kTileStep), bytes = r + c * kTile;
+    if (area < best_area || (area == best_area && bytes < best_bytes)) best_area = area, best_bytes = bytes, rows = r, cols = c;
+  }
+  const int64_t row_parts = (g.M + rows - 1) / rows, col_parts = (tiles + cols - 1) / cols;
+  at::parallel_for(0, row_parts * col_parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = i / col_parts * rows, t = i % col_parts * cols;
+      fn(g, m, std::min(m + rows, g.M), t, std::min(t + cols, tiles));
+    }
+  });
+}
+
+}  // namespace pyvit_accel

@@ -1,0 +1,23 @@
+// The kernels, compiled for avx2.
+#include "kernels.h"
+
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma")
+#define USE_AVX2
+
+namespace pyvit_accel {
+namespace avx2_ {
+#include "simd.h"
+#include "tile.h"
+#include "gemm.h"
+#include "rows.h"
+#include "attention.h"
+}  // namespace avx2_
+const Kernels kAvx2 = {"avx2", avx2_::lowbit_linear, avx2_::weight_only_linear, avx2_::quantize, avx2_::norm_quant,
+                      avx2_::quant_attention};
+}  // namespace pyvit_accel
+#endif

@@ -1,0 +1,23 @@
+// The kernels, compiled for avx512_vnni.
+#include "kernels.h"
+
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#define USE_AVX512_VNNI  // our own name: GCC 12 does not define __AVX512VNNI__ for the pragma in C++
+
+namespace pyvit_accel {
+namespace avx512_ {
+#include "simd.h"
+#include "tile.h"
+#include "gemm.h"
+#include "rows.h"
+#include "attention.h"
+}  // namespace avx512_
+const Kernels kAvx512 = {"avx512_vnni", avx512_::lowbit_linear, avx512_::weight_only_linear, avx512_::quantize, avx512_::norm_quant,
+                      avx512_::quant_attention};
+}  // namespace pyvit_accel
+#endif

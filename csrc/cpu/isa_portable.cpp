@@ -1,0 +1,19 @@
+// The kernels, compiled for portable.
+#include "kernels.h"
+
+#include <type_traits>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace pyvit_accel {
+namespace portable_ {
+#include "simd.h"
+#include "tile.h"
+#include "gemm.h"
+#include "rows.h"
+#include "attention.h"
+}  // namespace portable_
+const Kernels kPortable = {"portable", portable_::lowbit_linear, portable_::weight_only_linear, portable_::quantize, portable_::norm_quant,
+                      portable_::quant_attention};
+}  // namespace pyvit_accel

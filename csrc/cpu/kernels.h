@@ -1,0 +1,95 @@
+// What every instruction set implements. One table of functions per instruction set; kernels() is the one in use.
+//
+// The same sources (tile.h, gemm.h, rows.h, attention.h) are compiled three times, by isa_avx512.cpp, isa_avx2.cpp and
+// isa_portable.cpp. All three give the same bits: integer sums are exact, and float code is compiled without
+// contraction, so that every operation rounds as IEEE says, in the order written.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace pyvit_accel {
+
+// Packed weights, "W8 v1" (formats/packed.py): tiles of 16 output features. A tile is 16 int32 sums over k of the codes,
+// then ceil(K / 4) groups of 64 bytes; byte 4 n + i of group g is the code of feature n, input 4 g + i.
+constexpr int64_t kTile = 16;
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t tile_bytes(int64_t K) { return 64 + round_up(K, 4) * kTile; }
+
+enum class Activation : int64_t { none, gelu, gelu_tanh, quick_gelu };
+
+// y = acc * (x_scale * w_scale), + bias, activation, * layer_scale, + residual, then float32 out or
+// code = clip(rint(y * (1 / out_scale)) + out_zero_point, -128, 127). Null pointers are steps left out.
+struct Epilogue {
+  const float* x_scale;  // null: 1
+  int64_t x_scale_stride;  // 0: one for all rows, 1: one per row
+  const float* w_scale;
+  const float* bias;
+  int64_t bias_rows;  // row m reads bias row m % bias_rows
+  int64_t bias_stride;
+  Activation activation;
+  const float* layer_scale;
+  const float* residual;
+  int64_t residual_stride;
+  const float* out_scale;  // null: float32 out
+  int64_t out_scale_stride;  // 0: one for all features, 1: one per feature
+  int64_t out_zero_point;
+  void* out;
+  int64_t out_stride;
+};
+
+struct Gemm {
+  const void* x;  // int8 codes, or float for weight-only
+  int64_t x_stride;  // elements between rows
+  int64_t x_zero_point;
+  const uint8_t* w_packed;
+  int64_t M, N, K;
+  Epilogue epilogue;
+};
+
+struct Rows {
+  const void* x;
+  int64_t x_stride;
+  int64_t K;
+  const float* weight;  // LayerNorm's; null when only quantising
+  const float* bias;
+  double eps;
+  const float* scale;  // static; null: per row
+  int64_t scale_stride;  // 0: one, 1: one per column
+  int64_t zero_point;
+  int8_t* out;  // (M, K)
+  float* out_scale;  // (M,), dynamic only
+};
+
+struct Attention {
+  const int8_t *q, *k, *v;  // element (b, h, n, d) at b * stride[0] + h * stride[1] + n * stride[2] + d
+  int64_t q_stride[3], k_stride[3], v_stride[3];
+  const float *q_scale, *k_scale, *v_scale;
+  int64_t q_scale_stride[3], k_scale_stride[3], v_scale_stride[3];
+  const float* bias;  // additive (B, H, Nq, Nk) through strides, or null
+  int64_t bias_stride[4];
+  const float* key_bias;  // (B, Nk), or null
+  int64_t key_bias_stride[2];
+  float softmax_scale;
+  int64_t p_max;  // the code of the row's largest probability
+  int64_t H, Nq, Nk, D;
+  const float* out_scale;  // null: float32 out
+  int64_t out_scale_stride;
+  void* out;  // (B, Nq, H * D)
+};
+
+struct Kernels {
+  const char* name;
+  void (*lowbit_linear)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end);
+  void (*weight_only_linear)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end);
+  void (*quantize)(const Rows&, int64_t row_begin, int64_t row_end);
+  void (*norm_quant)(const Rows&, int64_t row_begin, int64_t row_end);
+  // Items are (b * H + h) * q_blocks + block; a block is a run of queries.
+  void (*quant_attention)(const Attention&, int64_t q_blocks, int64_t item_begin, int64_t item_end);
+};
+
+extern const Kernels kAvx512, kAvx2, kPortable;
+const Kernels& kernels();
+const char* select_isa(const char* name);  // "best", "avx512_vnni", "avx2", "portable"; null when this CPU lacks it
+void* scratch(size_t bytes, int slot);  // this thread's buffer, 64-byte aligned, kept between calls
+
+}  // namespace pyvit_accel

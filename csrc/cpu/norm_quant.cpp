@@ -1,0 +1,30 @@
+// norm_quant: LayerNorm of float32 rows (M, C), then int8 codes, static scale or one per row.
+#include "rows_op.h"
+
+namespace pyvit_accel {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> norm_rows(const at::Tensor& x, const at::Tensor& weight_in, const at::Tensor& bias_in,
+                                             const std::optional<at::Tensor>& scale, double eps) {
+  check_dtype(weight_in, at::kFloat, "weight"), check_dtype(bias_in, at::kFloat, "bias");
+  check_shape(weight_in, {x.size(-1)}, "weight"), check_shape(bias_in, {x.size(-1)}, "bias");
+  const at::Tensor weight = weight_in.contiguous(), bias = bias_in.contiguous();
+  Rows p = {};
+  p.weight = weight.const_data_ptr<float>(), p.bias = bias.const_data_ptr<float>(), p.eps = eps;
+  return rows_op(x, scale, 0, p, kernels().norm_quant);
+}
+at::Tensor norm_quant(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& scale, double eps) {
+  return std::get<0>(norm_rows(x, weight, bias, scale, eps));
+}
+std::tuple<at::Tensor, at::Tensor> norm_quant_dynamic(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                                                      double eps) {
+  return norm_rows(x, weight, bias, std::nullopt, eps);
+}
+
+TORCH_LIBRARY_IMPL(pyvit_accel, CPU, m) {
+  m.impl("norm_quant", &norm_quant);
+  m.impl("norm_quant_dynamic", &norm_quant_dynamic);
+}
+
+}  // namespace
+}  // namespace pyvit_accel

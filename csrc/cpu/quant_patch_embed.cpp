@@ -1,0 +1,48 @@
+// quant_patch_embed: uint8 pixels (B, C, H, W), any strides, to (B, P, N): a patch is a row of K = C p p codes, pixel - 128.
+#include "gemm_op.h"
+
+namespace pyvit_accel {
+namespace {
+
+at::Tensor quant_patch_embed(const at::Tensor& images, const at::Tensor& w_packed, const at::Tensor& w_scale_in,
+                             const at::Tensor& bias_in, int64_t patch_size) {
+  check_dtype(images, at::kByte, "images"), check_dtype(w_scale_in, at::kFloat, "w_scale"), check_dtype(bias_in, at::kFloat, "bias");
+  TORCH_CHECK_VALUE(images.dim() == 4, "images must be (B, C, H, W), got ", images.sizes());
+  const int64_t B = images.size(0), C = images.size(1), p = patch_size;
+  TORCH_CHECK_VALUE(p > 0 && images.size(2) % p == 0 && images.size(3) % p == 0, "image sides must be multiples of ", p, ", got ",
+                    images.sizes());
+  const int64_t rows = images.size(2) / p, cols = images.size(3) / p, P = rows * cols, K = C * p * p, N = w_scale_in.numel();
+  const at::Tensor packed = w_packed.contiguous(), w_scale = w_scale_in.contiguous(), bias = bias_in.contiguous();
+  check_packed(packed, N, K);
+  if (bias.dim() == 1) check_shape(bias, {N}, "bias"); else check_shape(bias, {P, N}, "bias");
+  const at::Tensor codes = at::empty({B * P, K}, images.options().dtype(at::kChar));
+  const at::Tensor out = at::empty({B, P, N}, images.options().dtype(at::kFloat));
+
+  const uint8_t* src = images.const_data_ptr<uint8_t>();
+  int8_t* dst = codes.data_ptr<int8_t>();
+  const auto s = images.strides();
+  at::parallel_for(0, B * rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t col = 0; col < cols; ++col) {
+        int8_t* row = dst + (i * cols + col) * K;
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t y = 0; y < p; ++y, row += p) {
+            const uint8_t* line = src + i / rows * s[0] + c * s[1] + (i % rows * p + y) * s[2] + col * p * s[3];
+            for (int64_t x = 0; x < p; ++x) row[x] = (int8_t)(line[x * s[3]] ^ 0x80);
+          }
+      }
+  });
+  Gemm g = {};
+  g.x = dst, g.x_stride = K, g.x_zero_point = -128;
+  g.w_packed = packed.const_data_ptr<uint8_t>();
+  g.M = B * P, g.N = N, g.K = K;
+  g.epilogue = {nullptr, 0, w_scale.const_data_ptr<float>(), bias.const_data_ptr<float>(), bias.dim() == 1 ? 1 : P, N,
+                Activation::none, nullptr, nullptr, 0, nullptr, 0, 0, out.data_ptr(), N};
+  parallel_gemm(g, kernels().lowbit_linear);
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(pyvit_accel, CPU, m) { m.impl("quant_patch_embed", &quant_patch_embed); }
+
+}  // namespace
+}  // namespace pyvit_accel

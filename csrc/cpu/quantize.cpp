@@ -1,0 +1,20 @@
+// quantize: float32 rows (M, K) to int8 codes, static scale or one per row.
+#include "rows_op.h"
+
+namespace pyvit_accel {
+namespace {
+
+at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, int64_t zero_point) {
+  return std::get<0>(rows_op(x, scale, zero_point, {}, kernels().quantize));
+}
+std::tuple<at::Tensor, at::Tensor> quantize_dynamic(const at::Tensor& x) {
+  return rows_op(x, std::nullopt, 0, {}, kernels().quantize);
+}
+
+TORCH_LIBRARY_IMPL(pyvit_accel, CPU, m) {
+  m.impl("quantize", &quantize);
+  m.impl("quantize_dynamic", &quantize_dynamic);
+}
+
+}  // namespace
+}  // namespace pyvit_accel

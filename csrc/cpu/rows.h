@@ -1,0 +1,71 @@
+// quantize and norm_quant: one row at a time, the row in L1 between its passes.
+INLINE vf8 half(const float* p) { return load<vf8>(p); }
+
+template <bool kNorm>
+INLINE void quantize_row(const Rows& p, int64_t m, float* y) {
+  const float* x = (const float*)p.x + m * p.x_stride;
+  const int64_t K = p.K;
+  float mean = 0, rstd = 0;
+  if constexpr (kNorm) {  // sums in double: their order does not show in the float result
+    vd8 s0 = {}, s1 = {};
+    int64_t k = 0;
+    for (; k + 16 <= K; k += 16) {
+      s0 += __builtin_convertvector(half(x + k), vd8);
+      s1 += __builtin_convertvector(half(x + k + 8), vd8);
+    }
+    double sum = hsum(s0 + s1);
+    for (int64_t i = k; i < K; ++i) sum += x[i];
+    const double mu = sum / K;
+    vd8 q0 = {}, q1 = {};
+    for (int64_t i = 0; i < k; i += 16) {
+      const vd8 d0 = __builtin_convertvector(half(x + i), vd8) - mu, d1 = __builtin_convertvector(half(x + i + 8), vd8) - mu;
+      q0 += d0 * d0;
+      q1 += d1 * d1;
+    }
+    double squares = hsum(q0 + q1);
+    for (; k < K; ++k) squares += (x[k] - mu) * (x[k] - mu);
+    mean = (float)mu;
+    rstd = (float)(1.0 / __builtin_sqrt(squares / K + p.eps));
+  }
+  // The codes are bytes, which may alias anything: what the loop needs is copied out of p first.
+  const float *weight = p.weight, *bias = p.bias, *scale_k = p.scale_stride ? p.scale : nullptr;
+  const bool fixed = p.scale != nullptr;
+  const vf inv = fixed ? 1.f / splat(*p.scale) : vf{};
+  const float zero_point = (float)p.zero_point;
+  int8_t* out = p.out + m * K;
+  vf peak = {};
+  for (int64_t k = 0; k < K; k += 16) {
+    const int64_t n = K - k < 16 ? K - k : 16;
+    vf v = n == 16 ? load<vf>(x + k) : load_n<vf>(x + k, n);
+    if constexpr (kNorm) {
+      v = (v - mean) * rstd;
+      v = n == 16 ? v * load<vf>(weight + k) + load<vf>(bias + k)
+                  : v * load_n<vf>(weight + k, n) + load_n<vf>(bias + k, n);
+    }
+    if (fixed) {
+      const vb q = to_code(v * (scale_k ? 1.f / load_n<vf>(scale_k + k, n) : inv), zero_point);
+      if (n == 16) store(out + k, q); else store_n(out + k, q, n);
+    } else {
+      store(y + k, v);
+      peak = vmax(peak, vabs(v));
+    }
+  }
+  if (fixed) return;
+  float scale = hmax(peak) / 127.f;
+  if (!(scale > 1e-30f)) scale = 1e-30f;
+  p.out_scale[m] = scale;
+  const float inv_row = 1.f / scale;
+  for (int64_t k = 0; k < K; k += 16) {
+    const vb q = to_code(load<vf>(y + k) * inv_row, 0.f);
+    if (K - k < 16) store_n(out + k, q, K - k); else store(out + k, q);
+  }
+}
+
+void quantize(const Rows& p, int64_t row_begin, int64_t row_end) {
+  float* y = p.scale ? nullptr : (float*)scratch(round_up(p.K, 16) * sizeof(float), 0);
+  for (int64_t m = row_begin; m < row_end; ++m) quantize_row<false>(p, m, y);
+}
+void norm_quant(const Rows& p, int64_t row_begin, int64_t row_end) {
+  float* y = p.scale ? nullptr : (float*)scratch(round_up(p.K, 16) * sizeof(float), 0);
+  for (int64_t m = row_begin; m < row_end; ++m) quantize_row<true>(p, m, y);
+}

@@ -1,0 +1,37 @@
+// The Python module: importing it registers the CPU kernels. Its two functions name and choose the instruction set.
+#include <Python.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(pyvit_accel::kernels().name); }
+
+PyObject* select_isa(PyObject*, PyObject* arg) {
+  const char* name = PyUnicode_AsUTF8(arg);
+  if (name == nullptr) return nullptr;
+  const char* chosen = pyvit_accel::select_isa(name);
+  if (chosen == nullptr)
+    return PyErr_Format(PyExc_ValueError,
+                        "select_isa: this CPU cannot run %R; use 'best', 'avx512_vnni', 'avx2' or 'portable'", arg);
+  return PyUnicode_FromString(chosen);
+}
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
+    {"select_isa", select_isa, METH_O, "Choose 'best', 'avx512_vnni', 'avx2' or 'portable'; returns the one in use."},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+
+// No op has a gradient: integer codes have none. A backward through one raises; without one this costs nothing in Python.
+TORCH_LIBRARY_IMPL(pyvit_accel, Autograd, m) {
+  for (const char* op : {"quantize", "quantize_dynamic", "norm_quant", "norm_quant_dynamic", "lowbit_linear",
+                         "weight_only_linear", "quant_attention", "quant_patch_embed"})
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+}

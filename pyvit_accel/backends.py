@@ -1,0 +1,82 @@
+"""What this install has: the only file that probes for anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyvit_accel import reference
+
+HAS_CPU_KERNELS = find_spec("pyvit_accel._C") is not None
+HAS_TRITON = find_spec("triton") is not None and find_spec("pyvit_accel.kernels") is not None
+
+OPS = (
+    "quantize",
+    "quantize_dynamic",
+    "norm_quant",
+    "norm_quant_dynamic",
+    "lowbit_linear",
+    "weight_only_linear",
+    "quant_attention",
+    "quant_patch_embed",
+)
+
+
+def owners() -> list[tuple[str, str, str]]:
+    """(op, owner on CPU, owner on CUDA) for every op of this install."""
+    rows = []
+    for op in OPS:
+        owner = {}
+        for key, name in (("CPU", "C++"), ("CUDA", "Triton")):
+            has = torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit_accel::{op}", key)
+            owner[key] = name if has else "reference"
+        if owner["CPU"] == "C++":
+            owner["CPU"] = f"C++ ({isa()})"
+        rows.append((op, owner["CPU"], owner["CUDA"]))
+    return rows
+
+
+def show_backends() -> str:
+    """A table of who owns which op here."""
+    rows = [("op", "CPU", "CUDA"), *owners()]
+    widths = [max(len(r[i]) for r in rows) for i in range(3)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def isa() -> str:
+    """The instruction set of the CPU kernels: avx512_vnni, avx2, portable, or none when they were not built."""
+    if not HAS_CPU_KERNELS:
+        return "none"
+    from pyvit_accel import _C
+
+    return _C.isa()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels of another instruction set this CPU has, in the whole process: for tests and measurements.
+
+    Raises ValueError when this CPU, or this install, does not have it.
+    """
+    if not HAS_CPU_KERNELS:
+        raise ValueError(f"use_isa({name!r}): the CPU kernels were not built; reinstall with a C++ compiler present")
+    from pyvit_accel import _C
+
+    before = _C.isa()
+    _C.select_isa(name)
+    try:
+        yield
+    finally:
+        _C.select_isa(before)
+
+
+class use_reference(TorchDispatchMode):  # noqa: N801 - used as `with use_reference():`
+    """Rerun a model on the reference implementations, when a number looks odd."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func.name().partition("::")
+        return (getattr(reference, name) if namespace == "pyvit_accel" else func)(*args, **(kwargs or {}))

@@ -1,0 +1,1 @@
+"""What the bits mean: quantize, dequantize, pack, unpack, error_bound for each number format."""

@@ -1,0 +1,81 @@
+"""lowbit_linear: integer codes x packed weights, with everything up to the next quantiser in the epilogue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyvit_accel import reference
+from pyvit_accel.formats.packed import packed_shape
+
+from ._library import define
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
+
+
+def _fake(x, x_scale, w_packed, w_scale, bias, x_zero_point, activation, layer_scale, residual, out_scale, out_zero_point):
+    return x.new_empty(x.shape[0], w_scale.shape[0], dtype=torch.float32 if out_scale is None else torch.int8)
+
+
+_op = define(
+    "lowbit_linear",
+    "(Tensor x, Tensor x_scale, Tensor w_packed, Tensor w_scale, Tensor? bias, int x_zero_point, str activation, "
+    "Tensor? layer_scale, Tensor? residual, Tensor? out_scale, int out_zero_point) -> Tensor",
+    reference.lowbit_linear,
+    _fake,
+)
+
+
+def check_packed(op: str, w_packed: Tensor, N: int, K: int) -> None:
+    if w_packed.shape != packed_shape(N, K):
+        raise ValueError(
+            f"{op}: x has K={K} and w_scale N={N}, so w_packed must be {packed_shape(N, K)}, got {tuple(w_packed.shape)}"
+        )
+
+
+def lowbit_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x_zero_point: int = 0,
+    activation: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: int = 0,
+) -> Tensor:
+    """activation((x - x_zero_point) @ w.T * x_scale * w_scale + bias) * layer_scale + residual, requantised or not.
+
+    x                  (..., K)       int8 codes
+    x_scale            (1,) | (rows,) float32: one, or one per row of x
+    w_packed           W8 v1          uint8, formats/packed.py; holds (N, K)
+    w_scale            (N,)           float32
+    bias, layer_scale  (N,)           float32
+    residual           (..., N)       float32
+    activation         "none" | "gelu" | "gelu_tanh" | "quick_gelu"
+    out_scale          (1,) | (N,)    float32; None: the result is float32
+    returns            (..., N)       float32, or int8 codes when out_scale is given
+
+    Raises ValueError for shapes that disagree or an unknown activation, TypeError when x is not int8. No gradient.
+    Sums are exact and the epilogue is float32 in the order of reference/lowbit_linear.py, the same bits on every CPU.
+    """
+    K, N = x.shape[-1], w_scale.shape[0]
+    if x.dtype != torch.int8:
+        raise TypeError(f"lowbit_linear: x must be int8 codes, got {x.dtype}; quantize it with ops.quantize")
+    check_packed("lowbit_linear", w_packed, N, K)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"lowbit_linear: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    rows = x.reshape(-1, K)
+    if x_scale.dim() != 1 or x_scale.shape[0] not in (1, rows.shape[0]):
+        raise ValueError(f"lowbit_linear: x_scale has shape {tuple(x_scale.shape)}; use (1,) or ({rows.shape[0]},)")
+    if residual is not None:
+        if residual.shape != (*x.shape[:-1], N):
+            raise ValueError(f"lowbit_linear: residual is {tuple(residual.shape)}, the output {(*x.shape[:-1], N)}")
+        residual = residual.reshape(-1, N)
+    y = _op(
+        rows, x_scale, w_packed, w_scale, bias, x_zero_point, activation, layer_scale, residual, out_scale, out_zero_point
+    )
+    return y.reshape(*x.shape[:-1], N)

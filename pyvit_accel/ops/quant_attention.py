@@ -1,0 +1,80 @@
+"""quant_attention: attention on int8 q, k, v; integer probabilities, no N x N tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyvit_accel import reference
+
+from ._library import define
+
+
+def _fake(q, k, v, q_scale, k_scale, v_scale, softmax_scale, bias, key_bias, out_scale):
+    B, H, N, D = q.shape
+    return q.new_empty(B, N, H * D, dtype=torch.float32 if out_scale is None else torch.int8)
+
+
+_op = define(
+    "quant_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, float softmax_scale, Tensor? bias, "
+    "Tensor? key_bias, Tensor? out_scale) -> Tensor",
+    reference.quant_attention,
+    _fake,
+)
+
+
+def quant_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    softmax_scale: float,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T q_scale k_scale softmax_scale + bias + key_bias) v v_scale.
+
+    q                 (B, H, Nq, D)     int8; k, v (B, H, Nk, D). Any strides over contiguous D: views of a qkv matmul fit
+    q_scale, k_scale, v_scale           float32, broadcastable to (B, H, N): (1,), (H, 1) or (B, H, N)
+    bias              broadcastable to (B, H, Nq, Nk), float, added to the scaled scores
+    mask              the same shape, bool, False: this key is not seen. A query that sees none gives zeros
+    key_bias          (B | 1, Nk)       float, added for every query: the log of a merged token's size
+    out_scale         (1,) | (H D,)     float32; None: the result is float32
+    returns           (B, Nq, H D)      float32, or int8 codes when out_scale is given
+
+    Probabilities are integers of 15 bits relative to the row's maximum (fewer beyond 512 keys). No gradient. Raises
+    TypeError when q, k, v are not int8, ValueError for shapes that disagree. Reference: reference/quant_attention.py.
+    """
+    if not q.dtype == k.dtype == v.dtype == torch.int8:
+        raise TypeError(f"quant_attention: q, k, v must be int8 codes, got {q.dtype}, {k.dtype}, {v.dtype}")
+    B, H, Nq, D = q.shape
+    Nk = k.shape[2]
+    if k.shape != (B, H, Nk, D) or v.shape != k.shape:
+        raise ValueError(f"quant_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"quant_attention: mask must be bool, got {mask.dtype}; pass additive masks as bias")
+        hidden = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+        bias = hidden if bias is None else bias + hidden
+    if bias is not None:
+        bias = bias.float().expand(B, H, Nq, Nk)
+    if key_bias is not None:
+        key_bias = key_bias.float().expand(B, Nk)
+    return _op(
+        q,
+        k,
+        v,
+        q_scale.expand(B, H, Nq),
+        k_scale.expand(B, H, Nk),
+        v_scale.expand(B, H, Nk),
+        softmax_scale,
+        bias,
+        key_bias,
+        out_scale,
+    )

@@ -1,0 +1,54 @@
+"""quantize: float rows to int8 codes, with a static scale or one per row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyvit_accel import reference
+
+from ._library import define
+
+
+def _codes_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+_static = define(
+    "quantize",
+    "(Tensor x, Tensor scale, int zero_point) -> Tensor",
+    reference.quantize,
+    lambda x, scale, zero_point: _codes_like(x),
+)
+_dynamic = define(
+    "quantize_dynamic",
+    "(Tensor x) -> (Tensor, Tensor)",
+    reference.quantize_dynamic,
+    lambda x: (_codes_like(x), x.new_empty(x.shape[0])),
+)
+
+
+def check_scale(op: str, scale: Tensor, K: int) -> None:
+    if scale.dim() != 1 or scale.shape[0] not in (1, K):
+        raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}; use (1,) or ({K},), or None for one per row")
+
+
+def quantize(x: Tensor, scale: Tensor | None = None, zero_point: int = 0) -> tuple[Tensor, Tensor]:
+    """q = clip(rint(x / scale) + zero_point, -128, 127).
+
+    x           (..., K)     float; computed in float32
+    scale       (1,) | (K,)  float32, static; None: max |x| / 127 of each row, zero_point 0
+    returns     codes (..., K) int8, and the scale: the one given, or (rows,) float32
+
+    Raises ValueError when the scale does not fit x, or a zero point is given without a scale. No gradient.
+    """
+    K = x.shape[-1]
+    rows = x.reshape(-1, K).float()
+    if scale is None:
+        if zero_point:
+            raise ValueError(f"quantize: zero_point={zero_point} needs a static scale; per-row scales are symmetric")
+        codes, scale = _dynamic(rows)
+    else:
+        check_scale("quantize", scale, K)
+        codes = _static(rows, scale, zero_point)
+    return codes.reshape(x.shape), scale

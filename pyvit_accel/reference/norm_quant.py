@@ -1,0 +1,30 @@
+"""LayerNorm, then quantise: y = (x - mean) * rstd * weight + bias, q = clip(rint(y / scale), -128, 127).
+
+x       (M, C)       float32; mean and variance are summed in float64 and rounded once, the rest is float32
+weight  (C,)         float32
+bias    (C,)         float32
+scale   (1,) | (C,)  float32, static; norm_quant_dynamic takes max |y| / 127 of each row instead, and returns it (M,)
+returns (M, C)       int8
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .quantize import quantize, quantize_dynamic
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    wide = x.double()
+    mean = wide.mean(dim=1, keepdim=True)
+    rstd = 1.0 / torch.sqrt((wide - mean).square().mean(dim=1, keepdim=True) + eps)
+    return (x - mean.float()) * rstd.float() * weight + bias
+
+
+def norm_quant(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return quantize(_norm(x, weight, bias, eps), scale, 0)
+
+
+def norm_quant_dynamic(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return quantize_dynamic(_norm(x, weight, bias, eps))
