@@ -1,1 +1,12 @@
-"""Fast vision transformers from trained ones: low-bit matmul, exp-free attention, 2:4 sparsity, token reduction."""
+"""Fast vision transformers from trained ones: low-bit matmul and attention as drop-in torch.nn modules.
+
+    model, report = accelerate(model, recipes.W8A8, calibration=[images])
+"""
+
+from pyvit_accel import recipes
+from pyvit_accel.convert import Recipe, Report, Rule, accelerate
+from pyvit_accel.errors import Unsupported
+from pyvit_accel.serialize import load, save
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Report", "Rule", "Unsupported", "accelerate", "load", "recipes", "save"]

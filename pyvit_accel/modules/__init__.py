@@ -1,0 +1,10 @@
+"""Drop-in torch.nn modules over the ops."""
+
+from .quant_attention import QuantAttention
+from .quant_block import QuantBlock
+from .quant_linear import QuantLinear
+from .quant_mlp import QuantMlp
+from .quant_patch_embed import QuantPatchEmbed
+from .weight_only_linear import WeightOnlyLinear
+
+__all__ = ["QuantAttention", "QuantBlock", "QuantLinear", "QuantMlp", "QuantPatchEmbed", "WeightOnlyLinear"]

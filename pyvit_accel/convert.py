@@ -1,0 +1,189 @@
+"""accelerate: swap the modules of a model once, and say what became what.
+
+A recipe is a tuple of rules, tried in order on every module, largest modules first come first served: what a block rule
+took is not offered to the rules for its layers. A rule carries its own function, so nothing here knows our modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from pyvit_accel.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """module takes the place of `path` below the matched module ("": the module itself).
+
+    spec is a JSON-able record from which saved files rebuild the module.
+    """
+
+    module: nn.Module
+    path: str = ""
+    spec: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to do with the modules of some classes.
+
+    match    glob on the dotted name, "blocks.*.mlp.*"
+    kinds    dotted class names, matched against the module's MRO
+    convert  (module, observed) to a Replacement, or raises Unsupported with the reason; observed is what calibration saw
+    exact    the class itself, no subclass
+    """
+
+    match: str
+    kinds: frozenset[str]
+    convert: Callable[[nn.Module, Any], Replacement]
+    exact: bool = False
+
+    def applies(self, name: str, module: nn.Module) -> bool:
+        classes = type(module).__mro__[:1] if self.exact else type(module).__mro__
+        return fnmatchcase(name, self.match) and any(f"{c.__module__}.{c.__qualname__}" in self.kinds for c in classes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """rules, and how to see activations: observe(model, batches) runs the model inside prepare(model)."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    observe: Callable[[nn.Module, Iterable], Any] | None = None
+    needs_calibration: bool = False
+    prepare: Callable[[nn.Module], AbstractContextManager] = nullcontext
+
+    def __add__(self, other: Recipe) -> Recipe:
+        """Both: the rules of the first have the first word."""
+        return Recipe(
+            f"{self.name} + {other.name}",
+            self.rules + other.rules,
+            self.observe or other.observe,
+            self.needs_calibration or other.needs_calibration,
+            self.prepare if self.prepare is not nullcontext else other.prepare,
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    kind: str
+    became: str  # empty: kept
+    reason: str  # why it was kept
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became what. Prints as a table, runs of equal rows (blocks.0, blocks.1, ...) as one."""
+
+    recipe: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def replaced(self) -> list[Entry]:
+        return [e for e in self.entries if e.became]
+
+    @property
+    def kept(self) -> list[Entry]:
+        return [e for e in self.entries if not e.became]
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for e in self.entries:
+            pattern = re.sub(r"\d+", "*", e.name)
+            groups.setdefault((pattern, e.kind, e.became, e.reason), []).append(e.name)
+        rows = [("module", "count", "was", "became")]
+        for (pattern, kind, became, reason), names in groups.items():
+            rows.append((names[0] if len(names) == 1 else pattern, str(len(names)), kind, became or f"kept: {reason}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3])) for row in rows]
+        return "\n".join([f"{self.recipe}: {len(self.replaced)} modules replaced, {len(self.kept)} kept", *lines])
+
+
+def accelerate(
+    model: nn.Module, recipe: Recipe, calibration: Iterable | None = None, strict: bool = False, inplace: bool = False
+) -> tuple[nn.Module, Report]:
+    """Replace what the recipe can replace; the deepest match wins, the rest is kept and listed with its reason.
+
+    model        in eval mode; not changed unless inplace (the copy shares the tensors that are kept)
+    calibration  batches the model can be called with: tensors, (inputs, ...) tuples or keyword dicts
+    strict       raise Unsupported instead of keeping a module a rule could not convert
+    returns      the accelerated model, and a Report that prints as a table
+
+    Raises ValueError for a model in training mode, or a recipe that needs calibration and got none. Until every module
+    is built nothing is swapped, so an error leaves the model as it was.
+    """
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"accelerate: {training[0]} is in training mode; call model.eval() first")
+    if recipe.needs_calibration and calibration is None:
+        raise ValueError(
+            f"accelerate: recipe {recipe.name} takes its scales from data; pass calibration=[batch, ...], a few dozen "
+            "images as the model sees them, or use W8A8_DYNAMIC, which needs none"
+        )
+    if not inplace:
+        tensors = [*model.parameters(), *model.buffers()]
+        model = copy.deepcopy(model, {id(t): t for t in tensors})
+    with recipe.prepare(model):
+        observed = recipe.observe(model, calibration) if recipe.observe and calibration is not None else None
+        plan, refused = _plan(model, recipe, observed)
+        if strict and refused:
+            name, reason = next(iter(refused.items()))
+            raise Unsupported(f"{name}: {reason}")
+        report = Report(recipe.name, tuple(_entries(model, plan, refused)))
+        specs = []
+        for name, new in plan.items():
+            target = ".".join(part for part in (name, new.path) if part)
+            specs.append({"name": name, "path": new.path, **new.spec})
+            if target:
+                new.module.train(False)
+                model.set_submodule(target, new.module)
+            else:
+                model = new.module
+    model.pyvit_accel = {"recipe": recipe.name, "modules": specs}
+    return model, report
+
+
+def _plan(model: nn.Module, recipe: Recipe, observed: Any) -> tuple[dict[str, Replacement], dict[str, str]]:
+    """Replacements by the name of the matched module, and the reasons of those that were refused."""
+    plan: dict[str, Replacement] = {}
+    refused: dict[str, str] = {}
+    taken: list[str] = []
+    for rule in recipe.rules:
+        for name, module in model.named_modules():
+            if not rule.applies(name, module) or name in plan or any(_inside(name, t) for t in taken):
+                continue
+            try:
+                plan[name] = rule.convert(module, observed)
+            except Unsupported as reason:
+                refused.setdefault(name, str(reason))
+            else:
+                taken.append(".".join(part for part in (name, plan[name].path) if part))
+                refused.pop(name, None)
+    return plan, refused
+
+
+def _inside(name: str, parent: str) -> bool:
+    return not parent or name == parent or name.startswith(f"{parent}.")
+
+
+def _entries(model: nn.Module, plan: dict[str, Replacement], refused: dict[str, str]) -> Iterable[Entry]:
+    targets = {".".join(p for p in (name, new.path) if p): new for name, new in plan.items()}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if name in targets:
+            yield Entry(name, kind, targets[name].spec.get("class", type(targets[name].module).__name__), "")
+        elif any(_inside(name, t) for t in targets):
+            continue
+        elif name in refused:
+            yield Entry(name, kind, "", refused[name])
+        elif next(module.parameters(recurse=False), None) is not None:
+            yield Entry(name or "(model)", kind, "", "no rule for it")

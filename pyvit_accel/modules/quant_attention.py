@@ -1,0 +1,100 @@
+"""QuantAttention: multi-head self-attention with int8 matmuls throughout, softmax included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyvit_accel import ops
+
+from .quant_linear import QuantLinear
+
+
+class QuantAttention(nn.Module):
+    """softmax(q k^T scale + mask) v, projected; x (B, N, C) float in and out.
+
+    Static scales, all None when they are found per token and head instead:
+        qkv_scale  (3 C,)    of the codes the qkv matmul writes: q and k one per head, v one per channel
+        qk_scale   (2, H, 1) the same for q and k, per head, as attention reads them
+        out_scale  (C,)      proj.x_scale / the scale of v: v's scale per channel passes through the softmax
+    """
+
+    def __init__(self, qkv: QuantLinear, proj: QuantLinear, num_heads: int, scale: float, static: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.num_heads, self.scale = qkv, proj, num_heads, scale
+        self.head_dim = proj.in_features // num_heads
+        self.q_norm: nn.LayerNorm | None = None
+        self.k_norm: nn.LayerNorm | None = None
+        self.register_buffer("qkv_scale", torch.ones(qkv.out_features) if static else None)
+        self.register_buffer("qk_scale", torch.ones(2, num_heads, 1) if static else None)
+        self.register_buffer("out_scale", torch.ones(proj.in_features) if static else None)
+        self.register_buffer("_one", torch.ones(1), persistent=False)
+
+    def set_scales(self, qk_scale: Tensor, v_scale: Tensor) -> None:
+        """qk_scale (2, H, 1), v_scale (C,), float32."""
+        self.qk_scale = qk_scale
+        self.qkv_scale = torch.cat([qk_scale.expand(-1, -1, self.head_dim).flatten(), v_scale])
+        self.out_scale = self.proj.x_scale / v_scale
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, 3 C) to q, k, v (B, H, N, D), views."""
+        B, N, _ = qkv.shape
+        return qkv.view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _quantize_heads(self, x: Tensor, norm: nn.LayerNorm | None = None) -> tuple[Tensor, Tensor]:
+        """Float (B, H, N, D) to codes and scale (B, H, N), through the norm if there is one."""
+        x = x.transpose(1, 2)
+        codes, scale = ops.quantize(x) if norm is None else ops.norm_quant(x, norm.weight, norm.bias, eps=norm.eps)
+        return codes.transpose(1, 2), scale.view(x.shape[:-1]).transpose(1, 2)
+
+    def attend(self, codes: Tensor, scale: Tensor, attn_mask: Tensor | None = None, **epilogue) -> Tensor:
+        """Int8 codes (B, N, C) of the normalised tokens to the projection's output; epilogue as in ops.lowbit_linear."""
+        if self.qkv_scale is not None:
+            q, k, v = self._split(self.qkv.matmul(codes, scale, out_scale=self.qkv_scale))
+            q_scale, k_scale, v_scale = *self.qk_scale, self._one
+        else:
+            q, k, v = self._split(self.qkv.matmul(codes, scale))
+            (q, q_scale), (k, k_scale) = self._quantize_heads(q, self.q_norm), self._quantize_heads(k, self.k_norm)
+            v, v_scale = self._quantize_heads(v)
+        boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+        out = ops.quant_attention(
+            q,
+            k,
+            v,
+            q_scale,
+            k_scale,
+            v_scale,
+            self.scale,
+            mask=attn_mask if boolean else None,
+            bias=None if boolean else attn_mask,
+            out_scale=self.out_scale,
+        )
+        return self.proj.matmul(*((out,) if self.out_scale is not None else self.proj.quantize(out)), **epilogue)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """attn_mask as in F.scaled_dot_product_attention: bool, True is seen, or float, added; (B | 1, H | 1, N, N)."""
+        return self.attend(*self.qkv.quantize(x), attn_mask).to(x.dtype)
+
+    def config(self) -> dict:
+        return {
+            "qkv": self.qkv.config(),
+            "proj": self.proj.config(),
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "static": self.qkv_scale is not None,
+            "q_norm": None if self.q_norm is None else self.q_norm.eps,
+            "k_norm": None if self.k_norm is None else self.k_norm.eps,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> QuantAttention:
+        qkv, proj = QuantLinear(**config["qkv"]), QuantLinear(**config["proj"])
+        new = cls(qkv, proj, config["num_heads"], config["scale"], config["static"])
+        for name in ("q_norm", "k_norm"):
+            if config[name] is not None:
+                setattr(new, name, nn.LayerNorm(new.head_dim, config[name]))
+        return new
+
+    def extra_repr(self) -> str:
+        kind = "per token and head" if self.qkv_scale is None else "static"
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, q k v=int8 {kind}"

@@ -1,0 +1,40 @@
+"""QuantMlp: Linear, GELU, Linear; GELU and requantisation happen in the first matmul's epilogue."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pyvit_accel import ops
+
+from .quant_linear import QuantLinear
+
+
+class QuantMlp(nn.Module):
+    """fc2(activation(fc1(x))); x (..., C) float in and out."""
+
+    def __init__(self, fc1: QuantLinear, fc2: QuantLinear, activation: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.activation = fc1, fc2, activation
+
+    def apply_codes(self, codes: Tensor, scale: Tensor, **epilogue) -> Tensor:
+        """Int8 codes (..., C) to fc2's output; epilogue as in ops.lowbit_linear."""
+        fc1, fc2 = self.fc1, self.fc2
+        if fc2.x_scale is None:
+            return fc2.matmul(*ops.quantize(fc1.matmul(codes, scale, activation=self.activation)), **epilogue)
+        hidden = fc1.matmul(
+            codes, scale, activation=self.activation, out_scale=fc2.x_scale, out_zero_point=fc2.x_zero_point
+        )
+        return fc2.matmul(hidden, **epilogue)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_codes(*self.fc1.quantize(x)).to(x.dtype)
+
+    def config(self) -> dict:
+        return {"fc1": self.fc1.config(), "fc2": self.fc2.config(), "activation": self.activation}
+
+    @classmethod
+    def from_config(cls, config: dict) -> QuantMlp:
+        return cls(QuantLinear(**config["fc1"]), QuantLinear(**config["fc2"]), config["activation"])
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
