@@ -23,4 +23,4 @@ def quant_patch_embed(images: Tensor, w_packed: Tensor, w_scale: Tensor, bias: T
     patches = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, C * p * p)
     codes = (patches.to(torch.int16) - 128).to(torch.int8)
     y = accumulate(codes, w_packed, w_scale.shape[0], -128).float() * w_scale
-    return y.reshape(B, -1, w_scale.shape[0]) + bias
+    return y.reshape(B, (H // p) * (W // p), w_scale.shape[0]) + bias

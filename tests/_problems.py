@@ -1,0 +1,108 @@
+"""Inputs and comparisons shared by the tests of the ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyvit_accel import backends, ops
+from pyvit_accel.formats import packed
+
+U32 = 2.0**-24  # unit roundoff of float32
+CODES = ("random", "lowest", "highest", "zeros", "alternating")
+
+
+def codes(kind: str, *shape: int) -> Tensor:
+    """int8 codes: random, or the extremes that overflow what is too narrow."""
+    if kind == "random":
+        return torch.randint(-128, 128, shape, dtype=torch.int8)
+    if kind == "alternating":
+        return torch.where(torch.arange(shape[-1]) % 2 == 0, -128, 127).to(torch.int8).expand(shape).contiguous()
+    return torch.full(shape, {"lowest": -128, "highest": 127, "zeros": 0}[kind], dtype=torch.int8)
+
+
+def weights(N: int, K: int, kind: str = "random") -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (N, K) in -127..127, their packed form, and a scale (N,)."""
+    q = codes(kind, N, K).clamp(min=-127)
+    return q, packed.pack_w8(q), torch.rand(N) * 0.01 + 1e-4
+
+
+def padded(x: Tensor) -> Tensor:
+    """The same values in rows that lie apart, between values that must not be read."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), 77, dtype=x.dtype)
+    wide[..., 2:-3] = x
+    return wide[..., 2:-3]
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values, rows varying fastest."""
+    return x.mT.contiguous().mT
+
+
+def reference(op, *args, **kwargs):
+    with backends.use_reference():
+        return op(*args, **kwargs)
+
+
+def assert_same_bits(actual, expected) -> None:
+    """Equal in shape, dtype and every value; only the sign of zero is free, and nothing is NaN."""
+    actual, expected = ((t,) if isinstance(t, Tensor) else t for t in (actual, expected))
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert torch.equal(a, b), f"{(a != b).sum()} of {a.numel()} differ, first at {(a != b).nonzero()[0].tolist()}"
+
+
+def assert_nearest_codes(q: Tensor, value: Tensor, error: Tensor) -> None:
+    """q is value rounded and clipped to int8, where value (float64) is known up to error: off by one only near ties."""
+    assert q.dtype == torch.int8
+    assert ((q.double() - value.clamp(-128, 127)).abs() <= 0.5 + error).all()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a public op that reaches every one of its tensors."""
+
+    op: object
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+
+    def __call__(self):
+        return self.op(*self.args, **self.kwargs)
+
+
+def one_call_of_each() -> dict[str, Call]:
+    """A small call of every op of backends.OPS, in float-out and codes-out form where there are both."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(7)
+    M, K, N, B, H, D = 13, 37, 19, 2, 3, 24
+    _, w_packed, w_scale = weights(N, K)
+    x, x_codes, vector = torch.randn(M, K), codes("random", M, K), torch.rand(K) + 0.1
+    epilogue = {
+        "x_zero_point": 3,
+        "activation": "gelu",
+        "layer_scale": torch.randn(N),
+        "residual": torch.randn(M, N),
+    }
+    linear = (x_codes, torch.rand(M) * 0.1, w_packed, w_scale, torch.randn(N))
+    q, k, v = codes("random", 3, B, M, H, D).transpose(2, 3)
+    attention = (q, k, v, torch.rand(1) * 0.01, torch.rand(H, 1) * 0.1, torch.rand(B, H, M), D**-0.5)
+    biases = {"bias": torch.randn(H, M, M), "mask": torch.rand(M, M) > 0.2, "key_bias": torch.randn(B, M)}
+    _, patch_packed, patch_scale = weights(N, 3 * 4 * 4)
+    images = torch.randint(0, 256, (B, 3, 8, 12), dtype=torch.uint8)
+    calls = {
+        "quantize": Call(ops.quantize, (x, vector, 3)),
+        "quantize_dynamic": Call(ops.quantize, (x,)),
+        "norm_quant": Call(ops.norm_quant, (x, vector, vector, vector)),
+        "norm_quant_dynamic": Call(ops.norm_quant, (x, vector, vector)),
+        "lowbit_linear": Call(ops.lowbit_linear, linear, epilogue),
+        "lowbit_linear to codes": Call(ops.lowbit_linear, linear, epilogue | {"out_scale": torch.rand(N) + 0.1}),
+        "weight_only_linear": Call(ops.weight_only_linear, (x, w_packed, w_scale, torch.randn(N))),
+        "quant_attention": Call(ops.quant_attention, attention, biases),
+        "quant_attention to codes": Call(ops.quant_attention, attention, biases | {"out_scale": torch.rand(1) + 0.1}),
+        "quant_patch_embed": Call(ops.quant_patch_embed, (images, patch_packed, patch_scale, torch.randn(6, N), 4)),
+    }
+    torch.set_rng_state(generator_state)
+    return calls

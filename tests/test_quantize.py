@@ -1,0 +1,95 @@
+"""quantize: int8 codes of float rows, static scales and one per row."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from _problems import U32, assert_nearest_codes, assert_same_bits, padded, reference, transposed
+
+from pyvit_accel import ops
+
+SHAPES = [(1, 1), (1, 16), (3, 5), (2, 63), (13, 64), (7, 65), (1370, 20), (4, 1000), (0, 8), (2, 3, 33)]
+
+
+def assert_equals_reference(kernel, x, *args):
+    assert_same_bits(kernel(ops.quantize, x, *args), reference(ops.quantize, x, *args))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference(kernel, shape):
+    x = torch.randn(shape) * 20
+    assert_equals_reference(kernel, x)
+    for scale in (torch.rand(1) + 0.05, torch.rand(shape[-1]) + 0.05):
+        for zero_point in (0, -128, 127, 40):
+            assert_equals_reference(kernel, x, scale, zero_point)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-30, -3e38, 0.1, float(2**22 + 1)])
+def test_equals_reference_on_constant_rows(kernel, value):
+    x = torch.full((3, 37), value)
+    assert_equals_reference(kernel, x)
+    assert_equals_reference(kernel, x, torch.tensor([0.3]), 7)
+
+
+def test_equals_reference_on_ties_and_infinities(kernel):
+    x = torch.cat([torch.arange(-300, 301) / 2, torch.tensor([torch.inf, -torch.inf])])[None]
+    for zero_point in (0, 1, -3):
+        assert_equals_reference(kernel, x, torch.ones(1), zero_point)
+
+
+VIEWS = [padded, transposed, lambda x: x[:1].expand(5, -1), lambda x: x[::2, ::3], lambda x: x[0].expand(2, 3, -1)]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_equals_reference_on_strided_rows(kernel, view):
+    x = view(torch.randn(11, 50))
+    assert_equals_reference(kernel, x)
+    assert_equals_reference(kernel, x, torch.rand(2 * x.shape[-1])[::2] + 0.1, 3)
+
+
+@pytest.mark.parametrize("zero_point", [0, 17])
+def test_nearest_codes(impl, zero_point):
+    """x / scale in float32 is off by the rounding of 1 / scale and of the product."""
+    x, scale = torch.randn(40, 100), torch.rand(100) * 0.05 + 0.001
+    q, given = impl(ops.quantize, x, scale, zero_point)
+    ratio = x.double() / scale.double()
+    assert_nearest_codes(q, ratio + zero_point, 2.01 * U32 * ratio.abs().clamp_max(300))
+    assert torch.equal(given, scale)
+
+
+def test_scale_of_each_row_is_its_maximum_over_127(impl):
+    x = torch.randn(2, 9, 70) * torch.logspace(-9, 9, 9)[:, None]
+    x[1, 4] = 0
+    q, scale = impl(ops.quantize, x)
+    rows = x.reshape(18, 70)
+    live = rows.abs().amax(1) > 0
+    assert q.shape == x.shape and scale.shape == (18,) and live.sum() == 17
+    assert torch.equal(scale[live], rows[live].abs().amax(1) / 127)
+    assert scale[13] > 0 and not q[1, 4].any()
+    assert (q.reshape(18, 70)[live].abs().amax(1) == 127).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_computes_in_float32(impl, dtype):
+    x = torch.randn(5, 33).to(dtype)
+    assert_same_bits(impl(ops.quantize, x), impl(ops.quantize, x.float()))
+
+
+def test_one_row_without_batch(impl):
+    x = torch.randn(33)
+    q, scale = impl(ops.quantize, x)
+    assert q.shape == (33,) and scale.shape == (1,) and q.abs().max() == 127
+
+
+def test_errors():
+    x = torch.zeros(2, 8)
+    message = "quantize: scale has shape (3,); use (1,) or (8,), or None for one per row"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        ops.quantize(x, torch.ones(3))
+    with pytest.raises(ValueError, match=re.escape("quantize: scale has shape (1, 8); use (1,) or (8,)")):
+        ops.quantize(x, torch.ones(1, 8))
+    message = "quantize: zero_point=5 needs a static scale; per-row scales are symmetric"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        ops.quantize(x, zero_point=5)

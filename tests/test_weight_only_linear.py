@@ -1,0 +1,95 @@
+"""weight_only_linear: float activations x int8 weights, accumulated in float32 in any order."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from _problems import U32, assert_same_bits, padded, transposed, weights
+
+from pyvit_accel import ops
+
+SHAPES = [(1, 16, 16), (1, 3, 1), (2, 4, 16), (5, 63, 17), (13, 64, 33), (25, 65, 48), (12, 768, 40), (1370, 20, 17)]
+UNIT_ROUNDOFF = {torch.float32: U32, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def product_and_error(x, w, w_scale, bias):
+    """The product in float64, and what a float32 sum over K in any order, scale, bias and the result may add."""
+    scaled = w.double() * w_scale.double()[:, None]
+    y = x.double() @ scaled.T
+    error = (x.shape[-1] + 1.01) * U32 * (x.double().abs() @ scaled.abs().T)
+    if bias is not None:
+        y = y + bias.double()
+        error = error + 1.01 * U32 * y.abs()
+    return y, error + UNIT_ROUNDOFF[x.dtype] * y.abs() + (2.0**-25 if x.dtype == torch.float16 else 0)
+
+
+def assert_within_bound(impl, x, w, *args, bias=None):
+    w_packed, w_scale = args
+    y, error = product_and_error(x, w, w_scale, bias)
+    actual = impl(ops.weight_only_linear, x, w_packed, w_scale, bias)
+    assert actual.dtype == x.dtype and actual.shape == y.shape
+    assert ((actual.double() - y).abs() <= error).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", list(UNIT_ROUNDOFF))
+def test_within_bound_of_float64(impl, shape, dtype):
+    M, K, N = shape
+    x = torch.randn(M, K).to(dtype)
+    assert_within_bound(impl, x, *weights(N, K), bias=torch.randn(N))
+    assert_within_bound(impl, x, *weights(N, K))
+
+
+@pytest.mark.parametrize("M", range(1, 27))
+def test_every_remainder_of_rows(impl, M):
+    assert_within_bound(impl, torch.randn(M, 37), *weights(50, 37))
+
+
+@pytest.mark.parametrize("kind", ["lowest", "highest", "zeros", "alternating"])
+def test_extreme_weights_and_activations(impl, kind):
+    assert_within_bound(impl, torch.randn(7, 130) * torch.logspace(-15, 15, 130), *weights(33, 130, kind))
+
+
+def test_decodes_weights_exactly(impl):
+    w, w_packed, w_scale = weights(33, 50)
+    decoded = w.T.float() * w_scale
+    for dtype in UNIT_ROUNDOFF:
+        y = impl(ops.weight_only_linear, torch.eye(50, dtype=dtype), w_packed, w_scale)
+        assert_same_bits(y, decoded.to(dtype))
+
+
+@pytest.mark.parametrize("layout", [padded, transposed, lambda x: x[:1].expand(9, -1), lambda x: x[::2, ::3]])
+def test_strided_rows(kernel, layout):
+    """Bit for bit what the contiguous rows give. (The reference's matmul adds them in another order.)"""
+    x = layout(torch.randn(11, 50))
+    w, w_packed, w_scale = weights(33, x.shape[1])
+    bias = torch.randn(66)[::2]
+    expected = kernel(ops.weight_only_linear, x.contiguous(), w_packed, w_scale, bias.contiguous())
+    assert_same_bits(kernel(ops.weight_only_linear, x, transposed(w_packed), padded(w_scale), bias), expected)
+    assert_within_bound(kernel, x, w, w_packed, w_scale, bias=bias)
+
+
+def test_leading_dimensions(impl):
+    _, w_packed, w_scale = weights(19, 37)
+    x = torch.randn(24, 37)
+    flat = impl(ops.weight_only_linear, x, w_packed, w_scale)
+    assert_same_bits(impl(ops.weight_only_linear, x.reshape(2, 3, 4, 37), w_packed, w_scale), flat.reshape(2, 3, 4, 19))
+    assert impl(ops.weight_only_linear, x[0], w_packed, w_scale).shape == (19,)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16)])
+def test_empty(impl, shape):
+    _, w_packed, w_scale = weights(5, 16)
+    assert impl(ops.weight_only_linear, torch.empty(shape), w_packed, w_scale).shape == (*shape[:-1], 5)
+
+
+def test_errors():
+    _, w_packed, w_scale = weights(20, 10)
+    text = "weight_only_linear: x has K=16 and w_scale N=20, so w_packed must be (2, 320), got (2, 256)"
+    with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
+        ops.weight_only_linear(torch.zeros(2, 16), w_packed, w_scale)
+    text = "weight_only_linear: x has K=10 and w_scale N=40, so w_packed must be (3, 256), got (2, 256)"
+    with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
+        ops.weight_only_linear(torch.zeros(2, 10), w_packed, torch.ones(40))
