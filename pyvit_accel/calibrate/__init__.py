@@ -1,0 +1,38 @@
+"""How the formats get their numbers: watch a float model, choose scales, fold ranges into weights, correct biases.
+
+    observed = calibrate.observe(model, batches)
+    x = observed.input(block.attn.qkv)                    per-channel range, mean and a row sample
+    fold = calibrate.range_fold(x)                        y' = (y - shift) / ratio
+    scale = calibrate.symmetric_scale(fold.activation(x)) one step for all channels of y'
+    gamma, beta = calibrate.fold_norm(norm.weight, norm.bias, fold)
+    w, bias = calibrate.fold_linear(qkv.weight, qkv.bias, fold)
+
+It sees modules and batches, never kernels. Nothing here is random: the same batches give the same numbers.
+"""
+
+from pyvit_accel.calibrate.fold import (
+    Fold,
+    bias_correction,
+    fold_linear,
+    fold_norm,
+    fold_producer,
+    outlier_fold,
+    range_fold,
+)
+from pyvit_accel.calibrate.observers import Activation, Observed, observe
+from pyvit_accel.calibrate.scales import affine_scale, symmetric_scale
+
+__all__ = [
+    "Activation",
+    "Fold",
+    "Observed",
+    "affine_scale",
+    "bias_correction",
+    "fold_linear",
+    "fold_norm",
+    "fold_producer",
+    "observe",
+    "outlier_fold",
+    "range_fold",
+    "symmetric_scale",
+]
