@@ -1,0 +1,88 @@
+"""What the kernels share: rounding, codes, and the scalar functions of the epilogues.
+
+Every float operation here rounds as written: the launchers pass FLAGS, which keeps the compiler from contracting a
+multiply and an add, divisions are div_rn, and the constants are those of the reference. So codes are the reference's,
+bit for bit, where the contract of the library would let them differ by one beside a rounding tie. One compiler does not
+obey: ptxas 12.9, of Triton 3.6 on sm_100, contracts packed pairs all the same, and there that leave is used.
+
+Lengths that a kernel loops over are constexpr: they are dimensions of the model, few, and Triton 3.6's interpreter
+cannot loop to a run-time bound under NumPy 2.4.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FLAGS = {"enable_fp_fusion": False}
+MIN_SCALE = tl.constexpr(1e-30)  # formats/affine.py
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: the sum with |x| <= 2^22 holds rint(x), half to even, in its low bits
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (M, K) with contiguous rows, at any distance from each other."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@triton.jit
+def to_codes(y, inv_scale, zero_point):
+    """clip(rint(y * inv_scale) + zero_point, -128, 127) as int8. Clipping to integers first commutes with rint."""
+    t = tl.minimum(tl.maximum(y * inv_scale, -128.0 - zero_point), 127.0 - zero_point)
+    return ((t + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS + zero_point).to(tl.int8)
+
+
+@triton.jit
+def scale_of(amax, Q_MAX: tl.constexpr = 127.0):
+    """The scale that maps amax to Q_MAX; never zero."""
+    return tl.maximum(tl.div_rn(amax, Q_MAX), MIN_SCALE)
+
+
+@triton.jit
+def exp2(t):
+    """2^t for |t| <= 100, as reference/scalar.py."""
+    shifted = t + _MAGIC
+    f = t - (shifted - _MAGIC)
+    p = f * 0.00132647261 + 0.00967151299
+    p = p * f + 0.0555073358
+    p = p * f + 0.240222424
+    p = p * f + 0.693147004
+    p = p * f + 1.0
+    n = shifted.to(tl.int32, bitcast=True) - _MAGIC_BITS
+    return (p.to(tl.int32, bitcast=True) + (n << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sigmoid2(t):
+    """1 / (1 + 2^-t)."""
+    return tl.div_rn(1.0, 1.0 + exp2(tl.minimum(tl.maximum(-t, -100.0), 100.0)))
+
+
+@triton.jit
+def gelu(x):
+    """x Phi(x), Phi - 1/2 as an odd rational function of x clipped to +-5.5."""
+    t = tl.minimum(tl.maximum(x, -5.5), 5.5)
+    z = t * t
+    p = z * 2.27495214e-08 + 6.35206834e-06
+    p = p * z + 0.000168822022
+    p = p * z + 0.00467723841
+    p = p * z + 0.0338523164
+    p = p * z + 0.398942232
+    q = z * 1.19750473e-06 + 7.36461952e-05
+    q = q * z + 0.00188442448
+    q = q * z + 0.0286456775
+    q = q * z + 0.251521081
+    q = q * z + 1.0
+    return x * (0.5 + t * tl.div_rn(p, q))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        x = gelu(x)
+    elif ACTIVATION == "gelu_tanh":
+        x = x * sigmoid2((x + x * x * x * 0.044715) * 2.30220819)
+    elif ACTIVATION == "quick_gelu":
+        x = x * sigmoid2(x * 2.45546696)
+    return x

@@ -1,0 +1,89 @@
+"""q = clip(rint(x / scale) + zero_point, -128, 127): float32 rows to int8 codes.
+
+x       (M, K)       float32
+scale   (1,) | (K,)  float32, static; quantize_dynamic takes max |x| / 127 of each row instead, and returns it (M,)
+minimum float        a known lower bound of x: the codes then span it to max x,
+                     q = rint((x - minimum) / scale) - 128, scale = (max x - minimum) / 255
+returns (M, K)       int8, the reference's bits
+
+Static: one program per BLOCK_M x BLOCK_K tile, so a per-column scale is inverted once for BLOCK_M rows. Dynamic: one
+program per row, read twice when it is longer than BLOCK_K; the second time it comes from cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import FLAGS, MIN_SCALE, rows, scale_of, to_codes
+
+
+@triton.jit(do_not_specialize=["zero_point"])
+def _quantize_kernel(
+    x_ptr, scale_ptr, q_ptr, M, K, stride_xm, zero_point,
+    PER_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
+    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
+    if PER_COLUMN:
+        inv_scale = tl.div_rn(1.0, tl.load(scale_ptr + offs_k, mask=mask_k, other=1.0))[None, :]
+    else:
+        inv_scale = tl.div_rn(1.0, tl.load(scale_ptr))
+    tl.store(q_ptr + offs_m[:, None] * K + offs_k[None, :], to_codes(x, inv_scale, zero_point), mask=mask)
+
+
+@triton.jit
+def _quantize_dynamic_kernel(
+    x_ptr, q_ptr, scale_ptr, minimum, stride_xm, K: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    amax = tl.zeros((BLOCK_K,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        # The tail becomes 0 in either form, which is never above the maximum.
+        x = tl.load(x_ptr + row * stride_xm + k + offs_k, mask=offs_k < K - k, other=minimum if SPAN else 0.0)
+        amax = tl.maximum(amax, x - minimum if SPAN else tl.abs(x))
+    scale = scale_of(tl.max(amax, axis=0), 255.0 if SPAN else 127.0)
+    tl.store(scale_ptr + row, scale)
+    inv_scale = tl.div_rn(1.0, scale)
+    for k in range(0, K, BLOCK_K):
+        mask = offs_k < K - k
+        x = tl.load(x_ptr + row * stride_xm + k + offs_k, mask=mask, other=0.0)
+        q = to_codes(x - minimum if SPAN else x, inv_scale, -128 if SPAN else 0)
+        tl.store(q_ptr + row * K + k + offs_k, q, mask=mask)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: int) -> Tensor:
+    x, (M, K) = rows(x), x.shape
+    q = torch.empty((M, K), dtype=torch.int8, device=x.device)
+    if q.numel() == 0:
+        return q
+    BLOCK_K = min(256, triton.next_power_of_2(K))
+    BLOCK_M = 4096 // BLOCK_K
+    grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(K, BLOCK_K))
+    with torch.cuda.device_of(x):
+        _quantize_kernel[grid](
+            x, scale.contiguous(), q, M, K, x.stride(0), zero_point,
+            PER_COLUMN=scale.shape[0] > 1, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, num_warps=4, **FLAGS,
+        )  # fmt: skip
+    return q
+
+
+def quantize_dynamic(x: Tensor, minimum: float | None = None) -> tuple[Tensor, Tensor]:
+    x, (M, K) = rows(x), x.shape
+    q = torch.empty((M, K), dtype=torch.int8, device=x.device)
+    if q.numel() == 0:
+        return q, x.new_full((M,), MIN_SCALE.value)
+    scale = x.new_empty(M)
+    BLOCK_K = min(4096, triton.next_power_of_2(K))
+    with torch.cuda.device_of(x):
+        _quantize_dynamic_kernel[(M,)](
+            x, q, scale, 0.0 if minimum is None else float(minimum), x.stride(0),
+            K=K, SPAN=minimum is not None, BLOCK_K=BLOCK_K, num_warps=max(1, min(8, BLOCK_K // 512)), **FLAGS,
+        )  # fmt: skip
+    return q, scale
