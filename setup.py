@@ -39,7 +39,11 @@ def extension():
         sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")),
         depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")),
         # Without contraction every float operation rounds as written, so all instruction sets give the same bits.
-        extra_compile_args=["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
+        # Compiled for OpenMP, for at::parallel_for, but not linked with it: torch brings the one that must be used.
+        extra_compile_args=[
+            *("-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
+            *(["-fopenmp"] if sys.platform == "linux" else []),
+        ],
     )
     cpu.optional = WANTED == "auto"
     return [cpu], {"build_ext": Build}

@@ -1,6 +1,7 @@
 // What memory safety needs; arguments are checked for the user in pyvit_accel/ops.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 namespace pyvit_accel {

@@ -1,6 +1,7 @@
 """Ready-made recipes, and what they are made of.
 
-    W8A8           int8 weights and activations, static scales from calibration batches; the fastest
+    W8A8           int8 weights and activations, static scales from calibration batches, but the GELU output and layers
+                   outside blocks per token; the fastest
     W8A8_DYNAMIC   int8 weights and activations, one scale per token found at run time; needs no data
     W8A16          int8 weights, float activations: a quarter of the memory at float speed
 
@@ -10,6 +11,7 @@ A sum of recipes, A + B, offers each module to A first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from pyvit_accel import adapters, calibrate
 from pyvit_accel.adapters import ATTENTIONS, BLOCKS, MLPS, PATCH_EMBEDS, Adapter
 from pyvit_accel.convert import Recipe, Replacement, Rule
 from pyvit_accel.modules import QuantPatchEmbed, WeightOnlyLinear, build
+from pyvit_accel.modules.build import Scales
 
 LINEAR = frozenset({"torch.nn.modules.linear.Linear"})
 TABLES = {"BLOCKS": BLOCKS, "ATTENTIONS": ATTENTIONS, "MLPS": MLPS, "PATCH_EMBEDS": PATCH_EMBEDS}
@@ -42,28 +45,30 @@ def _rule(table: str, make: Callable[..., nn.Module]) -> Rule:
     return Rule("*", frozenset(TABLES[table]), partial(_adapted, table, make))
 
 
-def _static(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Built from what calibration saw."""
-    return lambda parts, observed: make(parts, observed)
+def _w8a8(name: str, make_scales: Callable[[Any], Scales], needs_calibration: bool) -> Recipe:
+    """int8 weights and activations at every depth; make_scales(observed) says where activation scales come from."""
 
+    def built(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        return lambda parts, observed: make(parts, make_scales(observed))
 
-def _dynamic(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Built from the weights alone."""
-    return lambda parts, observed: make(parts, None)
-
-
-def _w8a8(scales: Callable[..., Callable[..., nn.Module]]) -> tuple[Rule, ...]:
-    return (
-        _rule("BLOCKS", scales(build.quant_block)),
-        _rule("ATTENTIONS", scales(build.quant_attention)),
-        _rule("MLPS", scales(build.quant_mlp)),
+    rules = (
+        _rule("BLOCKS", built(build.quant_block)),
+        _rule("ATTENTIONS", built(build.quant_attention)),
+        _rule("MLPS", built(build.quant_mlp)),
         _rule("PATCH_EMBEDS", lambda parts, observed: QuantPatchEmbed.from_parts(parts)),
-        Rule("*", LINEAR, partial(_plain, scales(build.quant_linear)), exact=True),
+        Rule("*", LINEAR, partial(_plain, lambda linear, observed: build.quant_linear(linear)), exact=True),
     )
+    return Recipe(name, rules, calibrate.observe, needs_calibration, adapters.unpack_attention)
 
 
-W8A8 = Recipe("W8A8", _w8a8(_static), calibrate.observe, needs_calibration=True, prepare=adapters.unpack_attention)
-W8A8_DYNAMIC = Recipe("W8A8_DYNAMIC", _w8a8(_dynamic), calibrate.observe, prepare=adapters.unpack_attention)
+def w8a8(observer: str = "minmax", hidden: str = "per_token", bias_correction: bool = True) -> Recipe:
+    """W8A8 with other choices than the default ones; the arguments are those of modules.build.Scales."""
+    choices = Scales(None, observer, hidden, bias_correction)
+    return _w8a8("W8A8", lambda observed: replace(choices, observed=observed), needs_calibration=True)
+
+
+W8A8 = w8a8()
+W8A8_DYNAMIC = _w8a8("W8A8_DYNAMIC", lambda observed: Scales(), needs_calibration=False)
 W8A16 = Recipe(
     "W8A16",
     (Rule("*", LINEAR, partial(_plain, lambda linear, observed: WeightOnlyLinear.from_linear(linear)), exact=True),),

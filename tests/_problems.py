@@ -95,6 +95,7 @@ def one_call_of_each() -> dict[str, Call]:
     calls = {
         "quantize": Call(ops.quantize, (x, vector, 3)),
         "quantize_dynamic": Call(ops.quantize, (x,)),
+        "quantize_dynamic above a minimum": Call(ops.quantize, (x - x.min(),), {"minimum": 0.0}),
         "norm_quant": Call(ops.norm_quant, (x, vector, vector, vector)),
         "norm_quant_dynamic": Call(ops.norm_quant, (x, vector, vector)),
         "lowbit_linear": Call(ops.lowbit_linear, linear, epilogue),

@@ -71,6 +71,27 @@ def test_scale_of_each_row_is_its_maximum_over_127(impl):
     assert (q.reshape(18, 70)[live].abs().amax(1) == 127).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("minimum", [-0.17, 0.0, 3.0])
+def test_equals_reference_above_a_minimum(kernel, shape, minimum):
+    for x in (torch.rand(shape) * 5 + minimum, torch.full(shape, minimum), transposed(torch.rand(9, 50) + minimum)):
+        expected = reference(ops.quantize, x, minimum=minimum)
+        assert_same_bits(kernel(ops.quantize, x, minimum=minimum), expected)
+
+
+def test_codes_span_minimum_to_row_maximum(impl):
+    """Values x >= minimum come back as (q + 128) scale + minimum, off by half a step; the row's maximum is code 127."""
+    minimum = -0.17
+    x = torch.rand(2, 9, 70) * torch.logspace(-3, 3, 9)[:, None] + minimum
+    q, scale = impl(ops.quantize, x, minimum=minimum)
+    step = scale.double().reshape(2, 9, 1)
+    shifted = x.double() - minimum
+    top = shifted.amax(-1, keepdim=True)
+    assert ((step - top / 255).abs() <= 3 * U32 * (top / 255 + abs(minimum))).all()
+    assert (q.amax(-1) == 127).all()
+    assert_nearest_codes(q, shifted / step - 128, U32 * (abs(minimum) + x.double().abs()) / step + 3 * U32 * 256)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_computes_in_float32(impl, dtype):
     x = torch.randn(5, 33).to(dtype)
@@ -93,3 +114,6 @@ def test_errors():
     message = "quantize: zero_point=5 needs a static scale; per-row scales are symmetric"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         ops.quantize(x, zero_point=5)
+    message = "quantize: minimum=-1.0 is for scales per row; a static scale takes a zero_point"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        ops.quantize(x, torch.ones(1), minimum=-1.0)

@@ -56,6 +56,8 @@ struct Rows {
   const float* scale;  // static; null: per row
   int64_t scale_stride;  // 0: one, 1: one per column
   int64_t zero_point;
+  bool has_minimum;  // dynamic only: codes -128..127 span minimum..max x instead of -max |x|..max |x|
+  float minimum;
   int8_t* out;  // (M, K)
   float* out_scale;  // (M,), dynamic only
 };

@@ -7,8 +7,10 @@ namespace {
 at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, int64_t zero_point) {
   return std::get<0>(rows_op(x, scale, zero_point, {}, kernels().quantize));
 }
-std::tuple<at::Tensor, at::Tensor> quantize_dynamic(const at::Tensor& x) {
-  return rows_op(x, std::nullopt, 0, {}, kernels().quantize);
+std::tuple<at::Tensor, at::Tensor> quantize_dynamic(const at::Tensor& x, std::optional<double> minimum) {
+  Rows p = {};
+  p.has_minimum = minimum.has_value(), p.minimum = (float)minimum.value_or(0);
+  return rows_op(x, std::nullopt, 0, p, kernels().quantize);
 }
 
 TORCH_LIBRARY_IMPL(pyvit_accel, CPU, m) {

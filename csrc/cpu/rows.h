@@ -46,17 +46,19 @@ INLINE void quantize_row(const Rows& p, int64_t m, float* y) {
       const vb q = to_code(v * (scale_k ? 1.f / load_n<vf>(scale_k + k, n) : inv), zero_point);
       if (n == 16) store(out + k, q); else store_n(out + k, q, n);
     } else {
+      if (p.has_minimum) v = v - p.minimum;
       store(y + k, v);
-      peak = vmax(peak, vabs(v));
+      if (n < 16) v = load_n<vf>(y + k, n);  // the lanes beyond K are not values of x
+      peak = vmax(peak, p.has_minimum ? v : vabs(v));
     }
   }
   if (fixed) return;
-  float scale = hmax(peak) / 127.f;
+  float scale = hmax(peak) / (p.has_minimum ? 255.f : 127.f);
   if (!(scale > 1e-30f)) scale = 1e-30f;
   p.out_scale[m] = scale;
   const float inv_row = 1.f / scale;
   for (int64_t k = 0; k < K; k += 16) {
-    const vb q = to_code(load<vf>(y + k) * inv_row, 0.f);
+    const vb q = to_code(load<vf>(y + k) * inv_row, p.has_minimum ? -128.f : 0.f);
     if (K - k < 16) store_n(out + k, q, K - k); else store(out + k, q);
   }
 }

@@ -59,27 +59,36 @@ class QuantLinear(PackedWeight):
     """Drop-in for nn.Linear: quantise x to int8, multiply in integers, scale back.
 
     x_scale: the static scale of x, (1,), or (K,) one per input feature, which the packed weight then contains; with an
-    integer zero point. None: one scale per token, found at run time. In a block the producer of x quantises instead, in
-    its own epilogue, by reading x_scale and x_zero_point here.
+    integer zero point. None: one scale per token, found at run time; x_minimum then is a known lower bound of x from
+    which the codes start, its share of the product in the bias. In a block the producer of x quantises instead, in its
+    own epilogue, by reading x_scale and x_zero_point here.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, x_scale: int = 0) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, x_scale: int = 0, x_minimum: float | None = None
+    ) -> None:
         """x_scale: how many values it has, 0 for one per token."""
         super().__init__(in_features, out_features, bias)
         self.register_buffer("x_scale", torch.ones(x_scale) if x_scale else None)
         self.register_buffer("_one", torch.ones(1), persistent=False)
-        self.x_zero_point = 0
+        self.x_zero_point, self.x_minimum = (0 if x_minimum is None else -128), x_minimum
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, x_scale: Tensor | None = None, x_zero_point: int = 0) -> QuantLinear:
-        """Raises Unsupported for NaN or infinite weights and for shapes int8 sums cannot hold."""
+    def from_linear(cls, linear: nn.Linear, x_minimum: float | None = None) -> QuantLinear:
+        """One scale per token. Raises Unsupported for NaN or infinite weights and for shapes int8 sums cannot hold."""
         check_weight(linear)
-        return cls.from_weight(linear.weight, linear.bias, x_scale, x_zero_point)
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, 0, x_minimum).to(linear.weight.device)
+        weight = new.pack(linear.weight, linear.bias)
+        if x_minimum is not None:
+            below = x_minimum * weight.sum(dim=1)
+            new.bias = below if new.bias is None else new.bias + below
+        return new
 
     @classmethod
     def from_weight(
         cls, weight: Tensor, bias: Tensor | None, x_scale: Tensor | None = None, x_zero_point: int = 0
     ) -> QuantLinear:
+        """weight (N, K), bias (N,) or None; x_scale (1,) or (K,), None for one scale per token."""
         N, K = weight.shape
         new = cls(K, N, bias is not None, 0 if x_scale is None else x_scale.numel()).to(weight.device)
         new.x_scale, new.x_zero_point = x_scale, x_zero_point
@@ -88,6 +97,8 @@ class QuantLinear(PackedWeight):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Float x (..., K) to the codes and scale that matmul takes."""
+        if self.x_scale is None:
+            return ops.quantize(x, minimum=self.x_minimum)
         return ops.quantize(x, self.x_scale, self.x_zero_point)
 
     def matmul(self, codes: Tensor, scale: Tensor | None = None, **epilogue) -> Tensor:
@@ -108,7 +119,8 @@ class QuantLinear(PackedWeight):
         self.x_zero_point = int(state)
 
     def config(self) -> dict:
-        return super().config() | {"x_scale": 0 if self.x_scale is None else self.x_scale.numel()}
+        x_scale = 0 if self.x_scale is None else self.x_scale.numel()
+        return super().config() | {"x_scale": x_scale, "x_minimum": self.x_minimum}
 
     def extra_repr(self) -> str:
         kinds = {0: "per token", 1: "static"}

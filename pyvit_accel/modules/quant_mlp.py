@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pyvit_accel import ops
-
 from .quant_linear import QuantLinear
 
 
@@ -20,7 +18,7 @@ class QuantMlp(nn.Module):
         """Int8 codes (..., C) to fc2's output; epilogue as in ops.lowbit_linear."""
         fc1, fc2 = self.fc1, self.fc2
         if fc2.x_scale is None:
-            return fc2.matmul(*ops.quantize(fc1.matmul(codes, scale, activation=self.activation)), **epilogue)
+            return fc2.matmul(*fc2.quantize(fc1.matmul(codes, scale, activation=self.activation)), **epilogue)
         hidden = fc1.matmul(
             codes, scale, activation=self.activation, out_scale=fc2.x_scale, out_zero_point=fc2.x_zero_point
         )

@@ -22,9 +22,9 @@ _static = define(
 )
 _dynamic = define(
     "quantize_dynamic",
-    "(Tensor x) -> (Tensor, Tensor)",
+    "(Tensor x, float? minimum) -> (Tensor, Tensor)",
     reference.quantize_dynamic,
-    lambda x: (_codes_like(x), x.new_empty(x.shape[0])),
+    lambda x, minimum: (_codes_like(x), x.new_empty(x.shape[0])),
 )
 
 
@@ -33,21 +33,26 @@ def check_scale(op: str, scale: Tensor, K: int) -> None:
         raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}; use (1,) or ({K},), or None for one per row")
 
 
-def quantize(x: Tensor, scale: Tensor | None = None, zero_point: int = 0) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, scale: Tensor | None = None, zero_point: int = 0, minimum: float | None = None
+) -> tuple[Tensor, Tensor]:
     """q = clip(rint(x / scale) + zero_point, -128, 127).
 
     x           (..., K)     float; computed in float32
     scale       (1,) | (K,)  float32, static; None: max |x| / 127 of each row, zero_point 0
+    minimum     float        a lower bound of x, without a scale: x ~ (q + 128) * scale + minimum, all 256 codes in use
     returns     codes (..., K) int8, and the scale: the one given, or (rows,) float32
 
-    Raises ValueError when the scale does not fit x, or a zero point is given without a scale. No gradient.
+    Raises ValueError when the scale does not fit x, a zero point comes without a scale or a minimum with one. No gradient.
     """
     K = x.shape[-1]
     rows = x.reshape(-1, K).float()
     if scale is None:
         if zero_point:
             raise ValueError(f"quantize: zero_point={zero_point} needs a static scale; per-row scales are symmetric")
-        codes, scale = _dynamic(rows)
+        codes, scale = _dynamic(rows, minimum)
+    elif minimum is not None:
+        raise ValueError(f"quantize: minimum={minimum} is for scales per row; a static scale takes a zero_point")
     else:
         check_scale("quantize", scale, K)
         codes = _static(rows, scale, zero_point)
