@@ -24,7 +24,8 @@ INLINE void pack_keys(const Attention& a, const int8_t* k, const Buffers& s, int
         const int8_t* src = k + n * a.k_stride[2];
         for (int64_t d = 0; d < padded_d; d += 4, dst += 64) {
           int8_t four[4] = {};
-          if (n < a.Nk) __builtin_memcpy(four, src + d, a.D - d < 4 ? a.D - d : 4);
+          if (n < a.Nk && d + 4 <= a.D) __builtin_memcpy(four, src + d, 4);
+          else if (n < a.Nk) __builtin_memcpy(four, src + d, a.D - d);
           __builtin_memcpy(dst, four, 4);
           sum += four[0] + four[1] + four[2] + four[3];
         }
@@ -45,8 +46,8 @@ INLINE void pack_values(const Attention& a, const int8_t* v, const Buffers& s, i
     const int64_t d = t * kTile, n_d = a.D - d < kTile ? a.D - d : kTile;
     for (int64_t j = 0; j < pairs; ++j) {
       const int64_t n = 2 * j;
-      const vb lo = n < a.Nk ? load_n<vb>(v + n * a.v_stride[2] + d, n_d) : vb{};
-      const vb hi = n + 1 < a.Nk ? load_n<vb>(v + (n + 1) * a.v_stride[2] + d, n_d) : vb{};
+      const vb lo = n < a.Nk ? load_16<vb>(v + n * a.v_stride[2] + d, n_d) : vb{};
+      const vb hi = n + 1 < a.Nk ? load_16<vb>(v + (n + 1) * a.v_stride[2] + d, n_d) : vb{};
       store(s.v + (t * pairs + j) * 64, (__builtin_convertvector(lo, vi) & 0xffff) | (__builtin_convertvector(hi, vi) << 16));
     }
   }
@@ -65,7 +66,7 @@ INLINE int32_t softmax_codes(const Attention& a, const Buffers& s, int64_t b, in
     vf y = to_float(load<vi>(acc + j)) * (q_scale * load<vf>(s.k_scale + j));
     if (bias) {
       if (a.bias_stride[3] == 1) {
-        y = y + (n == 16 ? load<vf>(bias + j) : load_n<vf>(bias + j, n));
+        y = y + load_16<vf>(bias + j, n);
       } else {
         for (int64_t l = 0; l < n; ++l) y[l] += bias[(j + l) * a.bias_stride[3]];
       }
@@ -167,10 +168,10 @@ void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, i
           const vf y = to_float(load<vi>(s.out + r * out_width + d)) * scale;
           if (a.out_scale) {
             const float* os = a.out_scale + (h * a.D + d) * a.out_scale_stride;
-            const vb code = to_code(y * (1.f / (a.out_scale_stride ? load_n<vf>(os, n) : splat(*os))), 0.f);
-            store_n((int8_t*)a.out + at + d, code, n);
+            const vb code = to_code(y * (1.f / (a.out_scale_stride ? load_16<vf>(os, n) : splat(*os))), 0.f);
+            store_16((int8_t*)a.out + at + d, code, n);
           } else {
-            store_n((float*)a.out + at + d, y, n);
+            store_16((float*)a.out + at + d, y, n);
           }
         }
       }

@@ -4,19 +4,31 @@
 // panel of one or two weight tiles stays in L1 while all rows of the block pass it.
 constexpr int64_t kBlockBytes = 640 * 1024;  // of rewritten rows: half to two thirds of a 1 to 1.25 MB L2
 
-struct Columns {  // the epilogue's constants for 16 features
+struct Columns {  // the epilogue's constants for 16 features, `count` of which exist
   vf w_scale, bias, layer_scale, out_inv_scale;
+  int64_t count;
 };
 
-template <class Acc, Activation A, bool kCodes>
-INLINE void epilogue_row(const Epilogue& e, const Columns& c, const Acc* acc, int64_t m, int64_t n, int64_t count) {
+INLINE Columns columns(const Epilogue& e, int64_t n, int64_t N) {
+  Columns c = {};
+  c.count = N - n < kTile ? N - n : kTile;
+  c.w_scale = load_16<vf>(e.w_scale + n, c.count);
+  if (e.bias && e.bias_rows <= 1) c.bias = load_16<vf>(e.bias + n, c.count);
+  if (e.layer_scale) c.layer_scale = load_16<vf>(e.layer_scale + n, c.count);
+  if (e.out_scale) c.out_inv_scale = 1.f / (e.out_scale_stride ? load_16<vf>(e.out_scale + n, c.count) : splat(*e.out_scale));
+  return c;
+}
+
+// One row of one tile. kFull: all 16 features exist.
+template <class Acc, Activation A, bool kCodes, bool kFull>
+INLINE void epilogue_row(const Epilogue& e, const Columns& c, const Acc* acc, int64_t m, int64_t n) {
+  const int64_t count = kFull ? kTile : c.count;
   vf y;
   if constexpr (std::is_same<Acc, int32_t>::value) y = to_float(load<vi>(acc));
   else y = load<vf>(acc);
-  const float x_scale = e.x_scale ? e.x_scale[m * e.x_scale_stride] : 1.f;
-  y = y * (x_scale * c.w_scale);
+  y = y * ((e.x_scale ? e.x_scale[m * e.x_scale_stride] : 1.f) * c.w_scale);
   if (e.bias_rows > 1) {
-    y = y + load_n<vf>(e.bias + (m % e.bias_rows) * e.bias_stride + n, count);
+    y = y + load_16<vf>(e.bias + (m % e.bias_rows) * e.bias_stride + n, count);
   } else if (e.bias) {
     y = y + c.bias;
   }
@@ -24,36 +36,22 @@ INLINE void epilogue_row(const Epilogue& e, const Columns& c, const Acc* acc, in
   if constexpr (A == Activation::gelu_tanh) y = gelu_tanh(y);
   if constexpr (A == Activation::quick_gelu) y = quick_gelu(y);
   if (e.layer_scale) y = y * c.layer_scale;
-  if (e.residual) {
-    const float* r = e.residual + m * e.residual_stride + n;
-    y = y + (count == 16 ? load<vf>(r) : load_n<vf>(r, count));
-  }
-  if constexpr (kCodes) {
-    const vb q = to_code(y * c.out_inv_scale, (float)e.out_zero_point);
-    int8_t* out = (int8_t*)e.out + m * e.out_stride + n;
-    if (count == 16) store(out, q); else store_n(out, q, count);
-  } else {
-    float* out = (float*)e.out + m * e.out_stride + n;
-    if (count == 16) store(out, y); else store_n(out, y, count);
-  }
+  if (e.residual) y = y + load_16<vf>(e.residual + m * e.residual_stride + n, count);
+  if constexpr (kCodes) store_16((int8_t*)e.out + m * e.out_stride + n, to_code(y * c.out_inv_scale, (float)e.out_zero_point), count);
+  else store_16((float*)e.out + m * e.out_stride + n, y, count);
 }
 
 template <class Acc, Activation A, bool kCodes>
-void epilogue_rows(const Epilogue& e, const Acc* acc, int64_t acc_stride, int64_t m, int rows, int64_t n, int64_t N) {
-  for (int64_t t = 0; n < N && t < kTiles; ++t, n += kTile, acc += kTile) {
-    const int64_t count = N - n < kTile ? N - n : kTile;
-    Columns c = {load_n<vf>(e.w_scale + n, count), {}, {}, {}};
-    if (e.bias && e.bias_rows <= 1) c.bias = load_n<vf>(e.bias + n, count);
-    if (e.layer_scale) c.layer_scale = load_n<vf>(e.layer_scale + n, count);
-    if (e.out_scale) c.out_inv_scale = 1.f / (e.out_scale_stride ? load_n<vf>(e.out_scale + n, count) : splat(*e.out_scale));
-    if (count == kTile)
-      for (int r = 0; r < rows; ++r) epilogue_row<Acc, A, kCodes>(e, c, acc + r * acc_stride, m + r, n, kTile);
-    else
-      for (int r = 0; r < rows; ++r) epilogue_row<Acc, A, kCodes>(e, c, acc + r * acc_stride, m + r, n, count);
-  }
+void epilogue_rows(const Epilogue& epilogue, const Columns& columns, const Acc* acc, int64_t acc_stride, int64_t m, int rows, int64_t n) {
+  const Epilogue e = epilogue;  // a copy: the codes written are bytes, which may alias the original
+  const Columns c = columns;
+  if (c.count == kTile)
+    for (int r = 0; r < rows; ++r) epilogue_row<Acc, A, kCodes, true>(e, c, acc + r * acc_stride, m + r, n);
+  else
+    for (int r = 0; r < rows; ++r) epilogue_row<Acc, A, kCodes, false>(e, c, acc + r * acc_stride, m + r, n);
 }
 
-template <class Acc> using EpilogueFn = void (*)(const Epilogue&, const Acc*, int64_t, int64_t, int, int64_t, int64_t);
+template <class Acc> using EpilogueFn = void (*)(const Epilogue&, const Columns&, const Acc*, int64_t, int64_t, int, int64_t);
 template <class Acc, bool kCodes> EpilogueFn<Acc> pick_epilogue(Activation a) {
   switch (a) {
     case Activation::gelu: return epilogue_rows<Acc, Activation::gelu, kCodes>;
@@ -132,7 +130,9 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
     for (int64_t t = tile_begin; t < tile_end; t += kTiles) {
       const int tiles = tile_end - t < kTiles ? 1 : kTiles;
       const uint8_t* w = g.w_packed + t * w_tile;
+      Columns cols[kTiles];
       for (int i = 0; i < tiles; ++i) {
+        cols[i] = columns(g.epilogue, (t + i) * kTile, g.N);
         const uint8_t* tile_start = w + i * w_tile;
         if constexpr (kOperand == Operand::floats) {
           store(init + i * kTile, vf{});
@@ -149,7 +149,8 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
         const int n_rows = m1 - m < kRows ? (int)(m1 - m) : kRows;
         const auto fn = tiles == kTiles ? pick<Dot, kTiles>(n_rows) : pick<Dot, 1>(n_rows);
         fn(rows + (m - m0) * x_stride, x_stride, b, b_stride, groups, init, acc, tiles * kTile);
-        epilogue(g.epilogue, acc, tiles * kTile, m, n_rows, t * kTile, g.N < (t + tiles) * kTile ? g.N : (t + tiles) * kTile);
+        for (int i = 0; i < tiles; ++i)
+          epilogue(g.epilogue, cols[i], acc + i * kTile, tiles * kTile, m, n_rows, (t + i) * kTile);
       }
     }
   }

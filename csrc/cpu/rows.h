@@ -36,15 +36,14 @@ INLINE void quantize_row(const Rows& p, int64_t m, float* y) {
   vf peak = {};
   for (int64_t k = 0; k < K; k += 16) {
     const int64_t n = K - k < 16 ? K - k : 16;
-    vf v = n == 16 ? load<vf>(x + k) : load_n<vf>(x + k, n);
+    vf v = load_16<vf>(x + k, n);
     if constexpr (kNorm) {
       v = (v - mean) * rstd;
-      v = n == 16 ? v * load<vf>(weight + k) + load<vf>(bias + k)
-                  : v * load_n<vf>(weight + k, n) + load_n<vf>(bias + k, n);
+      v = v * load_16<vf>(weight + k, n) + load_16<vf>(bias + k, n);
     }
     if (fixed) {
-      const vb q = to_code(v * (scale_k ? 1.f / load_n<vf>(scale_k + k, n) : inv), zero_point);
-      if (n == 16) store(out + k, q); else store_n(out + k, q, n);
+      const vb q = to_code(v * (scale_k ? 1.f / load_16<vf>(scale_k + k, n) : inv), zero_point);
+      store_16(out + k, q, n);
     } else {
       if (p.has_minimum) v = v - p.minimum;
       store(y + k, v);
@@ -59,7 +58,7 @@ INLINE void quantize_row(const Rows& p, int64_t m, float* y) {
   const float inv_row = 1.f / scale;
   for (int64_t k = 0; k < K; k += 16) {
     const vb q = to_code(load<vf>(y + k) * inv_row, p.has_minimum ? -128.f : 0.f);
-    if (K - k < 16) store_n(out + k, q, K - k); else store(out + k, q);
+    store_16(out + k, q, K - k);
   }
 }
 

@@ -17,6 +17,9 @@ template <class V, class T> INLINE V load_n(const T* p, int64_t n) {  // the fir
   return v;
 }
 template <class V, class T> INLINE void store_n(T* p, V v, int64_t n) { __builtin_memcpy(p, &v, n * sizeof *p); }
+// Sixteen lanes, or the n < 16 that a tail has: a memcpy of run-time length is a call, which full vectors do not pay for.
+template <class V, class T> INLINE V load_16(const T* p, int64_t n) { return n >= 16 ? load<V>(p) : load_n<V>(p, n); }
+template <class V, class T> INLINE void store_16(T* p, V v, int64_t n) { n >= 16 ? store(p, v) : store_n(p, v, n); }
 
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat_i(int32_t x) { return x - vi{}; }
