@@ -1,7 +1,6 @@
 """Ready-made recipes, and what they are made of.
 
-    W8A8           int8 weights and activations, static scales from calibration batches, but the GELU output and layers
-                   outside blocks per token; the fastest
+    W8A8           int8 weights and activations, folds and scales from calibration batches; the fastest
     W8A8_DYNAMIC   int8 weights and activations, one scale per token found at run time; needs no data
     W8A16          int8 weights, float activations: a quarter of the memory at float speed
 
@@ -61,9 +60,9 @@ def _w8a8(name: str, make_scales: Callable[[Any], Scales], needs_calibration: bo
     return Recipe(name, rules, calibrate.observe, needs_calibration, adapters.unpack_attention)
 
 
-def w8a8(observer: str = "minmax", hidden: str = "per_token", bias_correction: bool = True) -> Recipe:
+def w8a8(observer: str = "minmax", granularity: str = "token", bias_correction: bool = True) -> Recipe:
     """W8A8 with other choices than the default ones; the arguments are those of modules.build.Scales."""
-    choices = Scales(None, observer, hidden, bias_correction)
+    choices = Scales(None, observer, granularity, bias_correction)
     return _w8a8("W8A8", lambda observed: replace(choices, observed=observed), needs_calibration=True)
 
 

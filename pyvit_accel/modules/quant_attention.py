@@ -13,10 +13,10 @@ from .quant_linear import QuantLinear
 class QuantAttention(nn.Module):
     """softmax(q k^T scale + mask) v, projected; x (B, N, C) float in and out.
 
-    Static scales, all None when they are found per token and head instead:
-        qkv_scale  (3 C,)    of the codes the qkv matmul writes: q and k one per head, v one per channel
-        qk_scale   (2, H, 1) the same for q and k, per head, as attention reads them
-        out_scale  (C,)      proj.x_scale / the scale of v: v's scale per channel passes through the softmax
+    head_scale  (3, H, 1)  static scales of q, k and v per head; None: one per token and head, found at run time
+    qkv_scale   (3 C,)     the same, one per output feature of the qkv matmul, which writes the codes
+
+    The attention output is quantised per token: its range varies most between tokens, and it is small.
     """
 
     def __init__(self, qkv: QuantLinear, proj: QuantLinear, num_heads: int, scale: float, static: bool = False) -> None:
@@ -25,16 +25,13 @@ class QuantAttention(nn.Module):
         self.head_dim = proj.in_features // num_heads
         self.q_norm: nn.LayerNorm | None = None
         self.k_norm: nn.LayerNorm | None = None
+        self.register_buffer("head_scale", torch.ones(3, num_heads, 1) if static else None)
         self.register_buffer("qkv_scale", torch.ones(qkv.out_features) if static else None)
-        self.register_buffer("qk_scale", torch.ones(2, num_heads, 1) if static else None)
-        self.register_buffer("out_scale", torch.ones(proj.in_features) if static else None)
-        self.register_buffer("_one", torch.ones(1), persistent=False)
 
-    def set_scales(self, qk_scale: Tensor, v_scale: Tensor) -> None:
-        """qk_scale (2, H, 1), v_scale (C,), float32."""
-        self.qk_scale = qk_scale
-        self.qkv_scale = torch.cat([qk_scale.expand(-1, -1, self.head_dim).flatten(), v_scale])
-        self.out_scale = self.proj.x_scale / v_scale
+    def set_head_scale(self, head_scale: Tensor) -> None:
+        """head_scale (3, H, 1), float32."""
+        self.head_scale = head_scale
+        self.qkv_scale = head_scale.expand(-1, -1, self.head_dim).flatten()
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, 3 C) to q, k, v (B, H, N, D), views."""
@@ -49,9 +46,9 @@ class QuantAttention(nn.Module):
 
     def attend(self, codes: Tensor, scale: Tensor, attn_mask: Tensor | None = None, **epilogue) -> Tensor:
         """Int8 codes (B, N, C) of the normalised tokens to the projection's output; epilogue as in ops.lowbit_linear."""
-        if self.qkv_scale is not None:
+        if self.head_scale is not None:
             q, k, v = self._split(self.qkv.matmul(codes, scale, out_scale=self.qkv_scale))
-            q_scale, k_scale, v_scale = *self.qk_scale, self._one
+            q_scale, k_scale, v_scale = self.head_scale
         else:
             q, k, v = self._split(self.qkv.matmul(codes, scale))
             (q, q_scale), (k, k_scale) = self._quantize_heads(q, self.q_norm), self._quantize_heads(k, self.k_norm)
@@ -67,9 +64,8 @@ class QuantAttention(nn.Module):
             self.scale,
             mask=attn_mask if boolean else None,
             bias=None if boolean else attn_mask,
-            out_scale=self.out_scale,
         )
-        return self.proj.matmul(*((out,) if self.out_scale is not None else self.proj.quantize(out)), **epilogue)
+        return self.proj.matmul(*self.proj.quantize(out), **epilogue)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """attn_mask as in F.scaled_dot_product_attention: bool, True is seen, or float, added; (B | 1, H | 1, N, N)."""
@@ -81,7 +77,7 @@ class QuantAttention(nn.Module):
             "proj": self.proj.config(),
             "num_heads": self.num_heads,
             "scale": self.scale,
-            "static": self.qkv_scale is not None,
+            "static": self.head_scale is not None,
             "q_norm": None if self.q_norm is None else self.q_norm.eps,
             "k_norm": None if self.k_norm is None else self.k_norm.eps,
         }
@@ -96,5 +92,5 @@ class QuantAttention(nn.Module):
         return new
 
     def extra_repr(self) -> str:
-        kind = "per token and head" if self.qkv_scale is None else "static"
+        kind = "per token and head" if self.head_scale is None else "static per head"
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, q k v=int8 {kind}"

@@ -26,6 +26,11 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
 
 def finish() -> None:
     """Register the kernels this install has, after every op is defined."""
+    if backends.HAS_TRITON:
+        from pyvit_accel import kernels
+
+        for name in kernels.__all__:
+            LIBRARY.impl(name, getattr(kernels, name), "CUDA")
     if backends.HAS_CPU_KERNELS:
         from pyvit_accel import _C  # noqa: F401 - importing it registers the CPU kernels
 

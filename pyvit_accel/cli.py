@@ -1,0 +1,157 @@
+"""The command line, pyvit-accel: what can be asked, and how errors are told.
+
+Exit codes: 0 done, 1 failed (one line on stderr; --debug shows where), 2 wrong usage. Results go to stdout, notes and
+progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pyvit_accel import commands, demo
+from pyvit_accel.measure import DIGITS
+from pyvit_accel.models import ARCHITECTURES, ViTConfig
+from pyvit_accel.recipes import RECIPES
+
+MODELS = (DIGITS, *ARCHITECTURES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    args.check(args)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("pyvit-accel: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of stdout has seen enough; Python would complain again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+        print(f"pyvit-accel: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="pyvit-accel", description="Make a trained vision transformer faster: int8 matmuls and attention."
+    )
+    sub = top.add_subparsers(title="commands", required=True, metavar="{demo,accelerate,bench,info}")
+    _add_demo(sub)
+    _add_accelerate(sub)
+    _add_bench(sub)
+    _command(sub, "info", commands.run_info, "what this install has, and which implementation owns which op")
+    return top
+
+
+def _command(sub, name: str, run: Callable, text: str, check: Callable = lambda args: None) -> argparse.ArgumentParser:
+    command = sub.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    command.add_argument("--debug", action="store_true", help="on an error, show the traceback")
+    command.set_defaults(run=run, check=check)
+    return command
+
+
+def _add_demo(sub) -> None:
+    demo_ = _command(sub, "demo", demo.run_demo, "speed and accuracy, before and after, on models that ship or are random")
+    demo_.add_argument("--chart", type=Path, default=Path("demo", "pyvit_accel_demo.png"), help="PNG (default: %(default)s)")
+    demo_.add_argument("--quick", action="store_true", help="fewer images and rounds")
+
+
+def _add_accelerate(sub) -> None:
+    def check(args: argparse.Namespace) -> None:
+        if args.arch == DIGITS and (args.weights or args.override):
+            command.error(f"--arch {DIGITS} has weights of its own; leave --weights and --override out")
+        if args.arch != DIGITS and not args.weights:
+            command.error("--weights is needed, a file of float weights")
+        if args.weights and args.weights.resolve() == args.output.resolve():
+            command.error("--output is the file of --weights; the float weights would be lost")
+        if args.labels and not args.images:
+            command.error("--labels came without --images")
+
+    command = _command(sub, "accelerate", commands.run_accelerate, "accelerate a model, save it, measure before and after", check)
+    add = command.add_argument
+    add("--arch", type=_model, metavar="NAME", help=f"architecture, or {DIGITS}; without it, as the weights file shows")
+    add("--weights", type=Path, help="float weights: .safetensors, or a torch state dict (.pth, .pt, .bin)")
+    add("--override", type=_override, action="append", default=[], metavar="FIELD=VALUE",
+        help="a field of the architecture, for example num_classes=10; repeat for more")
+    add("--recipe", type=_recipe, default="W8A8", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default: %(default)s)")
+    add("--images", type=Path, metavar="FOLDER", help="images to measure on, loose or in class folders")
+    add("--labels", type=Path, metavar="FILE", help="their class indices, JSON or CSV: file and class")
+    add("--calibration", type=Path, metavar="FOLDER", help="images to calibrate on (default: some of --images, then held out)")
+    add("--calibration-images", type=_positive, default=32, metavar="N", help="how many of them (default: %(default)s)")
+    add("--output", type=Path, required=True, metavar="FILE", help="where the accelerated model goes, .safetensors")
+    add("--batch", type=_positive, default=8, help="batch size to measure beside 1 (default: %(default)s)")
+    _add_results(command)
+
+
+def _add_bench(sub) -> None:
+    command = _command(sub, "bench", commands.run_bench, "latency and peak memory of float32 and accelerated models")
+    add = command.add_argument
+    add("--models", type=_list(_model), default=["vit_tiny_patch16_224"], metavar="A,B", help="default: vit_tiny_patch16_224")
+    add("--batches", type=_list(_positive), default=[1, 8], metavar="1,8", help="batch sizes (default: 1,8)")
+    add("--recipes", type=_list(_recipe), default=list(RECIPES), metavar="A,B", help=f"default: {','.join(RECIPES)}")
+    add("--no-memory", dest="memory", action="store_false", help="do not start processes to measure memory")
+    _add_results(command)
+
+
+def _add_results(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rounds", type=_positive, default=20, help="timed rounds (default: %(default)s)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    command.add_argument("--chart", type=Path, metavar="FILE", help="write the results as a PNG chart")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _model(text: str) -> str:
+    return _one_of("model", text, MODELS)
+
+
+def _recipe(text: str) -> str:
+    return _one_of("recipe", text, RECIPES)
+
+
+def _one_of(kind: str, text: str, known: Sequence[str]) -> str:
+    if text not in known:
+        close = difflib.get_close_matches(text, known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+        raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; {advice}")
+    return text
+
+
+def _list(item: Callable[[str], object]) -> Callable[[str], list]:
+    def parse(text: str) -> list:
+        return list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
+
+    return parse
+
+
+def _override(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    known = [f.name for f in dataclasses.fields(ViTConfig)]
+    if not equals or name not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE with a field among {', '.join(known)}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""What the commands accelerate, bench and info do, given their parsed arguments."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pyvit_accel import backends
+from pyvit_accel.convert import Recipe, accelerate
+from pyvit_accel.images import ImageFolder
+from pyvit_accel.measure import (
+    DIGITS,
+    Fidelity,
+    Latency,
+    build_model,
+    compare_latency,
+    compare_outputs,
+    machine,
+    peak_memory,
+    random_images,
+)
+from pyvit_accel.models import ARCHITECTURES, VisionTransformer, create_vit, infer_config, load_weights, read_config, read_weights
+from pyvit_accel.output import Bar, note, percent, progress, table, write_chart, write_json
+from pyvit_accel.recipes import RECIPES
+from pyvit_accel.serialize import check_writable, read_header, save
+
+FP32 = "fp32"
+LATENCY_HEADER = ("batch", "variant", "ms/image", "fastest", "speed-up")
+FIDELITY_HEADER = ("variant", "images", "top-1", "same prediction", "logit error")
+NAMED_SKIPS = 10
+
+
+def prepare_outputs(args: argparse.Namespace) -> None:
+    """Find out before the work whether its results can be written, and set the number of threads."""
+    for name in ("output", "json", "chart"):
+        if getattr(args, name, None) is not None:
+            check_writable(getattr(args, name))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def run_accelerate(args: argparse.Namespace) -> None:
+    prepare_outputs(args)
+    model = float_model(args.arch, args.weights, dict(args.override))
+    config, recipe = model.config, RECIPES[args.recipe]
+    images = calibration = None
+    if args.images:
+        images = ImageFolder.open(args.images, args.labels, config.num_classes)
+        _say_skipped(images)
+    if recipe.needs_calibration:
+        calibration, images = _split_calibration(args, images)
+    batches = None
+    if calibration is not None:
+        read = calibration.batches(config.image_size, config.in_channels, args.batch)
+        batches = [pixels for pixels, _ in progress(read, "reading calibration images", math.ceil(len(calibration) / args.batch))]
+        _say_skipped(calibration)
+    fast, report = accelerate(model, recipe, batches)
+    print(report, end="\n\n")
+    models = {FP32: model, recipe.name: fast}
+    fidelity: dict[str, Fidelity] = {}
+    if images is not None:
+        read = images.batches(config.image_size, config.in_channels, args.batch)
+        total = math.ceil(len(images) / args.batch)
+        fidelity = compare_outputs(models, read, total, classifies=config.num_classes > 0)
+        _say_skipped(images)
+    save(fast, args.output)
+    latency = {batch: latencies(models, batch, args.rounds) for batch in sorted({1, args.batch})}
+    print(latency_table(latency), end="\n\n")
+    if fidelity:
+        print(fidelity_table(fidelity), end="\n\n")
+    size = Path(args.output).stat().st_size / 2**20
+    print(f"{args.output}: {size:.1f} MiB; the float32 weights are {float_mib(model):.1f} MiB")
+    title = f"{args.arch or Path(args.weights).name}, {recipe.name}"
+    if args.json:
+        rows = [row for batch, of in latency.items() for row in latency_rows(of, batch)]
+        kept = {e.name: e.reason for e in report.kept}
+        found = {name: f.to_dict() for name, f in fidelity.items()}
+        write_json(args.json, {
+            "title": title, "machine": machine(), "latency": rows, "fidelity": found,
+            "replaced": {e.name: e.became for e in report.replaced}, "kept": kept,
+        })
+    if args.chart:
+        groups = {f"batch {batch}": bars(of, batch, fidelity) for batch, of in latency.items()}
+        write_chart(args.chart, f"{title}\n{machine_line()}", groups)
+
+
+def float_model(arch: str | None, weights: str | None, overrides: dict) -> VisionTransformer:
+    """The float model in eval mode: a named architecture with weights, or what the weights file shows it to be."""
+    if weights is not None and _is_accelerated(weights):
+        raise ValueError(f"{weights} holds an accelerated model already; pass the float weights it was made from")
+    if arch == DIGITS:
+        return build_model(DIGITS)
+    if arch is not None:
+        return load_weights(create_vit(arch, **overrides), weights).eval()
+    config = read_config(weights)
+    if config is None or overrides:
+        config = infer_config(read_weights(weights), **overrides)
+        note(f"{weights} names no architecture; from its shapes {config.num_heads} heads, and pixel mean {config.mean}, "
+             f"std {config.std} are assumed; --arch or --override says otherwise")
+    return load_weights(VisionTransformer(config), weights).eval()
+
+
+def _is_accelerated(path: str) -> bool:
+    try:
+        read_header(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _split_calibration(args: argparse.Namespace, images: ImageFolder | None) -> tuple[ImageFolder, ImageFolder | None]:
+    """Images to calibrate on, and those left to measure on: never the same ones, unless there are too few."""
+    if args.calibration:
+        folder = ImageFolder.open(args.calibration)
+        _say_skipped(folder)
+        return folder.sample(args.calibration_images)[0], images
+    if images is None:
+        raise ValueError(
+            f"recipe {args.recipe} takes its scales from images; pass --images or --calibration, or use W8A8_DYNAMIC"
+        )
+    calibration, rest = images.sample(args.calibration_images)
+    if not len(rest):
+        note(f"all {len(images)} images are needed for calibration; accuracy is measured on the same ones")
+        return calibration, images
+    return calibration, rest
+
+
+def _say_skipped(folder: ImageFolder) -> None:
+    for name, reason in list(folder.skipped.items())[:NAMED_SKIPS]:
+        note(f"skipped {name}: {reason}")
+    if folder.skipped:
+        note(f"{len(folder.skipped)} files of {folder.root} skipped")
+    if folder.enlarged:
+        note(f"{folder.enlarged} images of {folder.root} are smaller than the model's and were enlarged")
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    prepare_outputs(args)
+    rows, groups, imports = [], {}, 0.0
+    title = "speed and memory only: random weights and images, no accuracy"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models:
+            models = recipe_variants(name, args.recipes)
+            saved = {}
+            for variant in args.recipes if args.memory else ():
+                saved[variant] = Path(folder, f"{name}.{variant}.safetensors")
+                save(models[variant], saved[variant])
+            for batch in args.batches:
+                latency = latencies(models, batch, args.rounds, name)
+                peaks = {}
+                for variant in progress(models if args.memory else (), f"{name} batch {batch}: memory"):
+                    peak = peak_memory(name, batch, saved.get(variant))
+                    peaks[variant], imports = round(peak.total, 1), peak.imports
+                rows += [{"model": name, **row, "peak_mib": peaks.get(row["variant"])} for row in latency_rows(latency, batch)]
+                groups[f"{name}, batch {batch}"] = bars(latency, batch)
+    cells = [(r["model"], *latency_cells(r), "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}") for r in rows]
+    print(f"{title}\n{machine_line()}\n")
+    print(table(("model", *LATENCY_HEADER, "peak MiB"), cells))
+    if args.memory:
+        print(f"\npeak MiB: a fresh process, of which {imports:.0f} MiB are Python and torch")
+    if args.json:
+        write_json(args.json, {"title": title, "machine": machine(), "rounds": args.rounds, "rows": rows,
+                               "import_mib": round(imports, 1) if args.memory else None})
+    if args.chart:
+        write_chart(args.chart, f"{title}\n{machine_line()}", groups)
+
+
+def recipe_variants(name: str, recipes: list[str]) -> dict[str, nn.Module]:
+    """The float model and its accelerated forms; calibration, where needed, on random images."""
+    models = {FP32: build_model(name)}
+    for recipe in progress(recipes, f"{name}: accelerating"):
+        models[recipe] = convert(models[FP32], RECIPES[recipe])
+    return models
+
+
+def convert(model: nn.Module, recipe: Recipe, calibration: list | None = None) -> nn.Module:
+    """The accelerated model alone; without calibration images, random ones."""
+    if recipe.needs_calibration:
+        return accelerate(model, recipe, calibration or [random_images(model, 4)])[0]
+    return accelerate(model, recipe)[0]
+
+
+def run_info(args: argparse.Namespace) -> None:
+    prepare_outputs(args)
+    facts = machine()
+    print(f"pyvit_accel {facts['pyvit_accel']}, torch {facts['torch']}, Python {facts['python']}")
+    print(f"cpu: {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, kernels {facts['isa']}")
+    print(f"gpu: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}")
+    print(f"triton: {'yes' if backends.HAS_TRITON else 'no'}\n\n{backends.show_backends()}\n")
+    print(f"recipes: {', '.join(RECIPES)}\narchitectures: {', '.join((DIGITS, *ARCHITECTURES))}")
+    if not backends.HAS_CPU_KERNELS:
+        note("the CPU kernels were not built: every op runs its slow reference; reinstall with a C++ compiler present")
+
+
+def latencies(models: dict[str, nn.Module], batch: int, rounds: int, name: str = "model") -> dict[str, Latency]:
+    images = random_images(next(iter(models.values())), batch)
+    calls = {variant: (lambda model=model: model(images)) for variant, model in models.items()}
+    return compare_latency(calls, rounds, label=f"{name} batch {batch}: latency")
+
+
+def latency_rows(latency: dict[str, Latency], batch: int) -> list[dict]:
+    """ms per image and the speed-up over the first variant, by medians; losses are below 1."""
+    first = next(iter(latency.values()))
+    return [
+        {"batch": batch, "variant": name, "ms_per_image": of.median / batch, "min_ms_per_image": of.min / batch,
+         "speedup": first.median / of.median}
+        for name, of in latency.items()
+    ]
+
+
+def latency_table(latency: dict[int, dict[str, Latency]]) -> str:
+    rows = [row for batch, of in latency.items() for row in latency_rows(of, batch)]
+    return table(LATENCY_HEADER, map(latency_cells, rows))
+
+
+def latency_cells(row: dict) -> tuple:
+    ms, fastest = (f"{row[key]:.2f}" for key in ("ms_per_image", "min_ms_per_image"))
+    return row["batch"], row["variant"], ms, fastest, f"{row['speedup']:.2f}x"
+
+
+def fidelity_table(fidelity: dict[str, Fidelity]) -> str:
+    return table(FIDELITY_HEADER, [
+        (name, f.images, percent(f.top1), percent(f.agreement), f"{f.logit_error:.4f}") for name, f in fidelity.items()
+    ])
+
+
+def bars(latency: dict[str, Latency], batch: int, fidelity: dict[str, Fidelity] | None = None) -> list[Bar]:
+    """What the chart shows; the accuracy is top-1."""
+    return [
+        Bar(name, of.median / batch, fidelity[name].top1 if fidelity and name in fidelity else None)
+        for name, of in latency.items()
+    ]
+
+
+def machine_line() -> str:
+    facts = machine()
+    return f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}, torch {facts['torch']}, {facts['date'][:10]}"
+
+
+def float_mib(model: nn.Module) -> float:
+    return sum(t.numel() * t.element_size() for t in model.parameters()) / 2**20
