@@ -264,6 +264,15 @@ def test_empty(impl, B, Nq, Nk):
         assert y.shape == (B, Nq, 24) and y.dtype == dtype and not y.any()
 
 
+def test_values_of_scale_zero_give_zeros(impl):
+    """All v zero in one head, quantised per token: its scales are as small as scales get, or zero."""
+    (q, k, v, q_scale, k_scale, v_scale, softmax_scale), _ = problem(1, 2, 5, 6, 8)
+    v_scale = torch.rand(1, 2, 6)
+    v_scale[:, 0] = 0
+    y = impl(ops.quant_attention, q, k, v, q_scale, k_scale, v_scale, softmax_scale)
+    assert not y[..., :8].any() and y[..., 8:].isfinite().all() and y[..., 8:].any()
+
+
 def test_errors():
     (q, k, v, *scales), _ = problem(2, 3, 9, 10, 8)
 
@@ -277,6 +286,14 @@ def test_errors():
     for k_wrong, v_wrong in ((k, v[:, :, :9]), (k[..., :7], v[..., :7]), (k[:1], v[:1]), (k, v[..., :7])):
         with pytest.raises(ValueError, match=message(text.format(tuple(k_wrong.shape), tuple(v_wrong.shape)))):
             ops.quant_attention(q, k_wrong, v_wrong, *scales)
+    with pytest.raises(ValueError, match=message("quant_attention: q (3, 9, 8) and k (2, 3, 10, 8) must be (B, H, N, D)")):
+        ops.quant_attention(q[0], k, v, *scales)
+    text = "quant_attention: k_scale (7,) does not broadcast to (2, 3, 10)"
+    with pytest.raises(ValueError, match=message(text)):
+        ops.quant_attention(q, k, v, scales[0], torch.ones(7), *scales[2:])
+    text = "quant_attention: bias or mask (9, 9) does not broadcast to (2, 3, 9, 10)"
+    with pytest.raises(ValueError, match=message(text)):
+        ops.quant_attention(q, k, v, *scales, bias=torch.zeros(9, 9))
     text = "quant_attention: mask must be bool, got torch.float32; pass additive masks as bias"
     with pytest.raises(TypeError, match=message(text)):
         ops.quant_attention(q, k, v, *scales, mask=torch.zeros(9, 10))

@@ -90,6 +90,9 @@ def test_errors():
     text = "weight_only_linear: x has K=16 and w_scale N=20, so w_packed must be (2, 320), got (2, 256)"
     with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
         ops.weight_only_linear(torch.zeros(2, 16), w_packed, w_scale)
+    text = "weight_only_linear: x must be float, got torch.int8; integer codes go to lowbit_linear"
+    with pytest.raises(TypeError, match="^" + re.escape(text) + "$"):
+        ops.weight_only_linear(torch.zeros(2, 10, dtype=torch.int8), w_packed, w_scale)
     text = "weight_only_linear: x has K=10 and w_scale N=40, so w_packed must be (3, 256), got (2, 256)"
     with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
         ops.weight_only_linear(torch.zeros(2, 10), w_packed, torch.ones(40))

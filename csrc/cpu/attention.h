@@ -139,7 +139,7 @@ void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, i
       for (int64_t n = 1; weighted && n < a.Nk; ++n) v_scale = vs_[n * a.v_scale_stride[2]] > v_scale ? vs_[n * a.v_scale_stride[2]] : v_scale;
       for (int64_t n = 0; n < padded_keys; ++n) {
         s.k_scale[n] = n < a.Nk ? ks[n * a.k_scale_stride[2]] : 0.f;
-        s.v_ratio[n] = weighted && n < a.Nk ? vs_[n * a.v_scale_stride[2]] / v_scale : 1.f;
+        s.v_ratio[n] = weighted && n < a.Nk ? vs_[n * a.v_scale_stride[2]] / (v_scale > 1e-30f ? v_scale : 1e-30f) : 1.f;
       }
     }
     const int8_t* q = a.q + b * a.q_stride[0] + h * a.q_stride[1];

@@ -41,7 +41,7 @@ INLINE float hmax(vf x) {
 }
 INLINE double hsum(vd8 x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
-// 2^t for |t| <= 100, 1e-7 relative: the polynomial of reference/scalar.py, in its order.
+// 2^t for |t| <= 100, 2e-7 relative: the polynomial of reference/scalar.py, in its order.
 INLINE vf exp2_small(vf t) {
   const vf n = rint_small(t), f = t - n;
   vf p = f * 0.00132647261f + 0.00967151299f;

@@ -10,10 +10,28 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from pyvit_accel import backends
 
 LIBRARY = torch.library.Library("pyvit_accel", "DEF")
+
+
+def check_rows(op: str, x: Tensor) -> int:
+    """The length K of the rows of x (..., K)."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it needs a last dimension of at least 1")
+    return x.shape[-1]
+
+
+def check_vector(op: str, name: str, t: Tensor | None, *lengths: int) -> None:
+    """Raise unless t is None, or float32 of shape (n,) for one of the lengths."""
+    if t is None:
+        return
+    if t.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be float32, got {t.dtype}")
+    if t.dim() != 1 or t.shape[0] not in lengths:
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; use {' or '.join(f'({n},)' for n in lengths)}")
 
 
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> Callable:

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyvit_accel import reference
 from pyvit_accel.formats.packed import packed_shape
 
-from ._library import define
+from ._library import check_rows, check_vector, define
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 
@@ -26,11 +26,16 @@ _op = define(
 )
 
 
-def check_packed(op: str, w_packed: Tensor, N: int, K: int) -> None:
+def check_weight(op: str, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, K: int) -> int:
+    """Raise unless weight, scale and bias fit together and x (..., K); returns N."""
+    check_vector(op, "w_scale", w_scale, w_scale.numel())
+    N = w_scale.shape[0]
     if w_packed.shape != packed_shape(N, K):
         raise ValueError(
             f"{op}: x has K={K} and w_scale N={N}, so w_packed must be {packed_shape(N, K)}, got {tuple(w_packed.shape)}"
         )
+    check_vector(op, "bias", bias, N)
+    return N
 
 
 def lowbit_linear(
@@ -62,16 +67,19 @@ def lowbit_linear(
     Raises ValueError for shapes that disagree or an unknown activation, TypeError when x is not int8. No gradient.
     Sums are exact and the epilogue is float32 in the order of reference/lowbit_linear.py, the same bits on every CPU.
     """
-    K, N = x.shape[-1], w_scale.shape[0]
+    K = check_rows("lowbit_linear", x)
+    N = check_weight("lowbit_linear", w_packed, w_scale, bias, K)
     if x.dtype != torch.int8:
         raise TypeError(f"lowbit_linear: x must be int8 codes, got {x.dtype}; quantize it with ops.quantize")
-    check_packed("lowbit_linear", w_packed, N, K)
     if activation not in ACTIVATIONS:
         raise ValueError(f"lowbit_linear: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     rows = x.reshape(-1, K)
-    if x_scale.dim() != 1 or x_scale.shape[0] not in (1, rows.shape[0]):
-        raise ValueError(f"lowbit_linear: x_scale has shape {tuple(x_scale.shape)}; use (1,) or ({rows.shape[0]},)")
+    check_vector("lowbit_linear", "x_scale", x_scale, 1, rows.shape[0])
+    check_vector("lowbit_linear", "layer_scale", layer_scale, N)
+    check_vector("lowbit_linear", "out_scale", out_scale, 1, N)
     if residual is not None:
+        if residual.dtype != torch.float32:
+            raise TypeError(f"lowbit_linear: residual must be float32, got {residual.dtype}")
         if residual.shape != (*x.shape[:-1], N):
             raise ValueError(f"lowbit_linear: residual is {tuple(residual.shape)}, the output {(*x.shape[:-1], N)}")
         residual = residual.reshape(-1, N)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from pyvit_accel import reference
 
-from ._library import define
-from .quantize import _codes_like, check_scale
+from ._library import check_rows, check_vector, define
+from .quantize import _codes_like
 
 _static = define(
     "norm_quant",
@@ -35,15 +35,13 @@ def norm_quant(
 
     Raises ValueError when a shape does not fit x. No gradient. Reference: reference/norm_quant.py.
     """
-    C = x.shape[-1]
-    if weight.shape != (C,) or bias.shape != (C,):
-        raise ValueError(
-            f"norm_quant: x has C={C} channels but weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}; use ({C},)"
-        )
+    C = check_rows("norm_quant", x)
+    check_vector("norm_quant", "weight", weight, C)
+    check_vector("norm_quant", "bias", bias, C)
     rows = x.reshape(-1, C).float()
     if scale is None:
         codes, scale = _dynamic(rows, weight, bias, eps)
     else:
-        check_scale("norm_quant", scale, C)
+        check_vector("norm_quant", "scale", scale, 1, C)
         codes = _static(rows, weight, bias, scale, eps)
     return codes.reshape(x.shape), scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyvit_accel import reference
 
-from ._library import define
+from ._library import check_vector, define
 
 
 def _fake(q, k, v, q_scale, k_scale, v_scale, softmax_scale, bias, key_bias, out_scale):
@@ -22,6 +22,13 @@ _op = define(
     reference.quant_attention,
     _fake,
 )
+
+
+def _expand(name: str, t: Tensor, *shape: int) -> Tensor:
+    try:
+        return t.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"quant_attention: {name} {tuple(t.shape)} does not broadcast to {shape}") from None
 
 
 def quant_attention(
@@ -53,6 +60,8 @@ def quant_attention(
     """
     if not q.dtype == k.dtype == v.dtype == torch.int8:
         raise TypeError(f"quant_attention: q, k, v must be int8 codes, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"quant_attention: q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, H, N, D)")
     B, H, Nq, D = q.shape
     Nk = k.shape[2]
     if k.shape != (B, H, Nk, D) or v.shape != k.shape:
@@ -62,17 +71,18 @@ def quant_attention(
             raise TypeError(f"quant_attention: mask must be bool, got {mask.dtype}; pass additive masks as bias")
         hidden = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
         bias = hidden if bias is None else bias + hidden
+    check_vector("quant_attention", "out_scale", out_scale, 1, H * D)
     if bias is not None:
-        bias = bias.float().expand(B, H, Nq, Nk)
+        bias = _expand("bias or mask", bias.float(), B, H, Nq, Nk)
     if key_bias is not None:
-        key_bias = key_bias.float().expand(B, Nk)
+        key_bias = _expand("key_bias", key_bias.float(), B, Nk)
     return _op(
         q,
         k,
         v,
-        q_scale.expand(B, H, Nq),
-        k_scale.expand(B, H, Nk),
-        v_scale.expand(B, H, Nk),
+        _expand("q_scale", q_scale, B, H, Nq),
+        _expand("k_scale", k_scale, B, H, Nk),
+        _expand("v_scale", v_scale, B, H, Nk),
         softmax_scale,
         bias,
         key_bias,

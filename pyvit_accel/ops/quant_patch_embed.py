@@ -8,7 +8,7 @@ from torch import Tensor
 from pyvit_accel import reference
 
 from ._library import define
-from .lowbit_linear import check_packed
+from .lowbit_linear import check_weight
 
 
 def _fake(images, w_packed, w_scale, bias, patch_size):
@@ -37,14 +37,15 @@ def quant_patch_embed(images: Tensor, w_packed: Tensor, w_scale: Tensor, bias: T
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"quant_patch_embed: images must be uint8 pixels, got {images.dtype}")
+    if patch_size < 1:
+        raise ValueError(f"quant_patch_embed: patch_size={patch_size}; use a positive integer")
     if images.dim() != 4 or images.shape[2] % patch_size or images.shape[3] % patch_size:
         raise ValueError(
             f"quant_patch_embed: images must be (B, C, H, W) with sides that are multiples of {patch_size}, "
             f"got {tuple(images.shape)}"
         )
-    N = w_scale.shape[0]
     patches = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
-    check_packed("quant_patch_embed", w_packed, N, images.shape[1] * patch_size**2)
+    N = check_weight("quant_patch_embed", w_packed, w_scale, None, images.shape[1] * patch_size**2)
     if bias.shape not in ((N,), (patches, N)):
         raise ValueError(f"quant_patch_embed: bias is {tuple(bias.shape)}; use ({N},) or ({patches}, {N})")
     return _op(images, w_packed, w_scale, bias, patch_size)

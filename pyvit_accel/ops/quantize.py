@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyvit_accel import reference
 
-from ._library import define
+from ._library import check_rows, check_vector, define
 
 
 def _codes_like(x: Tensor) -> Tensor:
@@ -28,11 +28,6 @@ _dynamic = define(
 )
 
 
-def check_scale(op: str, scale: Tensor, K: int) -> None:
-    if scale.dim() != 1 or scale.shape[0] not in (1, K):
-        raise ValueError(f"{op}: scale has shape {tuple(scale.shape)}; use (1,) or ({K},), or None for one per row")
-
-
 def quantize(
     x: Tensor, scale: Tensor | None = None, zero_point: int = 0, minimum: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -43,9 +38,9 @@ def quantize(
     minimum     float        a lower bound of x, without a scale: x ~ (q + 128) * scale + minimum, all 256 codes in use
     returns     codes (..., K) int8, and the scale: the one given, or (rows,) float32
 
-    Raises ValueError when the scale does not fit x, a zero point comes without a scale or a minimum with one. No gradient.
+    NaN has no defined code. Raises ValueError when the scale does not fit x, a zero point comes without a scale or a minimum with one. No gradient.
     """
-    K = x.shape[-1]
+    K = check_rows("quantize", x)
     rows = x.reshape(-1, K).float()
     if scale is None:
         if zero_point:
@@ -54,6 +49,6 @@ def quantize(
     elif minimum is not None:
         raise ValueError(f"quantize: minimum={minimum} is for scales per row; a static scale takes a zero_point")
     else:
-        check_scale("quantize", scale, K)
+        check_vector("quantize", "scale", scale, 1, K)
         codes = _static(rows, scale, zero_point)
     return codes.reshape(x.shape), scale

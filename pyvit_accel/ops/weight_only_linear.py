@@ -6,8 +6,8 @@ from torch import Tensor
 
 from pyvit_accel import reference
 
-from ._library import define
-from .lowbit_linear import check_packed
+from ._library import check_rows, define
+from .lowbit_linear import check_weight
 
 _op = define(
     "weight_only_linear",
@@ -26,8 +26,10 @@ def weight_only_linear(x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tenso
     bias      (N,)      float32 or None
     returns   (..., N)  dtype of x
 
-    Raises ValueError for shapes that disagree. No gradient.
+    Raises ValueError for shapes that disagree, TypeError for dtypes. No gradient.
     """
-    K, N = x.shape[-1], w_scale.shape[0]
-    check_packed("weight_only_linear", w_packed, N, K)
+    K = check_rows("weight_only_linear", x)
+    N = check_weight("weight_only_linear", w_packed, w_scale, bias, K)
+    if not x.is_floating_point():
+        raise TypeError(f"weight_only_linear: x must be float, got {x.dtype}; integer codes go to lowbit_linear")
     return _op(x.reshape(-1, K).float(), w_packed, w_scale, bias).reshape(*x.shape[:-1], N).to(x.dtype)

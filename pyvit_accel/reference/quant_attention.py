@@ -4,7 +4,7 @@
     p = 2^((S - max S) log2 e),  c = rint(p p_max),  p_max = min(32767, (2^31 - 1) / (128 Nk))
     out = (sum_j c'_j v_j) (v_max / sum_j c_j),  c' = rint(p (v_scale / v_max) p_max),  v_max = max_j v_scale_j
 
-p_max is the largest for which no sum of codes leaves int32. A row whose keys are all masked (-inf) gives zeros.
+p_max is the largest for which no sum of codes leaves int32. v_max is taken over all keys, masked ones too. A row whose keys are all masked (-inf) gives zeros.
 
 q         (B, H, Nq, D)      int8
 k, v      (B, H, Nk, D)      int8
@@ -57,7 +57,8 @@ def quant_attention(
     p = exp2(((s - top.masked_fill(masked, 0)) * LOG2_E).clamp_min(-100))
     codes = torch.round(p * p_max).masked_fill(masked, 0)
     v_max = v_scale.amax(dim=-1)
-    weighted = torch.round(p * (v_scale / v_max[..., None])[:, :, None] * p_max).masked_fill(masked, 0)
+    ratio = v_scale / v_max.clamp_min(affine.MIN_SCALE)[..., None]
+    weighted = torch.round(p * ratio[:, :, None] * p_max).masked_fill(masked, 0)
     total = codes.double().sum(dim=-1).float()
     scale = torch.where(total > 0, v_max[..., None] / total, 0.0)
     out = (weighted.double() @ v.double()).float() * scale[..., None]
