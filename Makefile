@@ -1,8 +1,9 @@
 # make demo: everything from a fresh clone to a chart. make test: the lint check and all tests.
+# make bench: every op beside its float counterpart.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test bench lint install clean
 demo: install
 	$(BIN)/pyvit-accel demo
 
@@ -10,6 +11,10 @@ test: lint
 	$(BIN)/pip install -q -c constraints.txt triton transformers
 	$(BIN)/pip install -q --no-deps -c constraints.txt timm torchvision
 	$(BIN)/pytest -q
+
+bench: install
+	$(BIN)/pytest bench -q -o python_files='bench_*.py' -o python_functions='bench_*' \
+	  --benchmark-group-by=func --benchmark-columns=min,median,rounds --benchmark-sort=name
 
 lint: install
 	$(BIN)/ruff check .
