@@ -21,6 +21,7 @@ from pyvit_accel.models import ARCHITECTURES, ViTConfig
 from pyvit_accel.recipes import RECIPES
 
 MODELS = (DIGITS, *ARCHITECTURES)
+SMALLEST = "vit_tiny_patch16_224"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,9 +66,9 @@ def _command(sub, name: str, run: Callable, text: str, check: Callable = lambda 
 
 
 def _add_demo(sub) -> None:
-    demo_ = _command(sub, "demo", demo.run_demo, "speed and accuracy, before and after, on models that ship or are random")
-    demo_.add_argument("--chart", type=Path, default=Path("demo", "pyvit_accel_demo.png"), help="PNG (default: %(default)s)")
-    demo_.add_argument("--quick", action="store_true", help="fewer images and rounds")
+    add = _command(sub, "demo", demo.run_demo, "speed and accuracy, before and after").add_argument
+    add("--chart", type=Path, default=Path("demo", "pyvit_accel_demo.png"), help="PNG to write (default: %(default)s)")
+    add("--quick", action="store_true", help="fewer images and rounds")
 
 
 def _add_accelerate(sub) -> None:
@@ -81,16 +82,18 @@ def _add_accelerate(sub) -> None:
         if args.labels and not args.images:
             command.error("--labels came without --images")
 
-    command = _command(sub, "accelerate", commands.run_accelerate, "accelerate a model, save it, measure before and after", check)
+    text = "accelerate a model, save it, and measure it before and after"
+    command = _command(sub, "accelerate", commands.run_accelerate, text, check)
     add = command.add_argument
     add("--arch", type=_model, metavar="NAME", help=f"architecture, or {DIGITS}; without it, as the weights file shows")
     add("--weights", type=Path, help="float weights: .safetensors, or a torch state dict (.pth, .pt, .bin)")
     add("--override", type=_override, action="append", default=[], metavar="FIELD=VALUE",
         help="a field of the architecture, for example num_classes=10; repeat for more")
-    add("--recipe", type=_recipe, default="W8A8", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default: %(default)s)")
+    add("--recipe", type=_recipe, default="W8A8", metavar="NAME", help=f"{', '.join(RECIPES)} (default: %(default)s)")
     add("--images", type=Path, metavar="FOLDER", help="images to measure on, loose or in class folders")
     add("--labels", type=Path, metavar="FILE", help="their class indices, JSON or CSV: file and class")
-    add("--calibration", type=Path, metavar="FOLDER", help="images to calibrate on (default: some of --images, then held out)")
+    add("--calibration", type=Path, metavar="FOLDER",
+        help="images to calibrate on (default: some of --images, which are then not measured on)")
     add("--calibration-images", type=_positive, default=32, metavar="N", help="how many of them (default: %(default)s)")
     add("--output", type=Path, required=True, metavar="FILE", help="where the accelerated model goes, .safetensors")
     add("--batch", type=_positive, default=8, help="batch size to measure beside 1 (default: %(default)s)")
@@ -100,7 +103,7 @@ def _add_accelerate(sub) -> None:
 def _add_bench(sub) -> None:
     command = _command(sub, "bench", commands.run_bench, "latency and peak memory of float32 and accelerated models")
     add = command.add_argument
-    add("--models", type=_list(_model), default=["vit_tiny_patch16_224"], metavar="A,B", help="default: vit_tiny_patch16_224")
+    add("--models", type=_list(_model), default=[SMALLEST], metavar="A,B", help=f"default: {SMALLEST}")
     add("--batches", type=_list(_positive), default=[1, 8], metavar="1,8", help="batch sizes (default: 1,8)")
     add("--recipes", type=_list(_recipe), default=list(RECIPES), metavar="A,B", help=f"default: {','.join(RECIPES)}")
     add("--no-memory", dest="memory", action="store_false", help="do not start processes to measure memory")

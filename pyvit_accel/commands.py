@@ -24,8 +24,16 @@ from pyvit_accel.measure import (
     peak_memory,
     random_images,
 )
-from pyvit_accel.models import ARCHITECTURES, VisionTransformer, create_vit, infer_config, load_weights, read_config, read_weights
-from pyvit_accel.output import Bar, note, percent, progress, table, write_chart, write_json
+from pyvit_accel.models import (
+    ARCHITECTURES,
+    VisionTransformer,
+    create_vit,
+    infer_config,
+    load_weights,
+    read_config,
+    read_weights,
+)
+from pyvit_accel.output import Bar, note, percent, progress, require, table, write_chart, write_json
 from pyvit_accel.recipes import RECIPES
 from pyvit_accel.serialize import check_writable, read_header, save
 
@@ -33,10 +41,14 @@ FP32 = "fp32"
 LATENCY_HEADER = ("batch", "variant", "ms/image", "fastest", "speed-up")
 FIDELITY_HEADER = ("variant", "images", "top-1", "same prediction", "logit error")
 NAMED_SKIPS = 10
+BUSY = 1.5
 
 
 def prepare_outputs(args: argparse.Namespace) -> None:
-    """Find out before the work whether its results can be written, and set the number of threads."""
+    """Find out before the work whether its results can be shown and written, and set the number of threads."""
+    require("tqdm")
+    if getattr(args, "chart", None) is not None:
+        require("matplotlib.figure")
     for name in ("output", "json", "chart"):
         if getattr(args, name, None) is not None:
             check_writable(getattr(args, name))
@@ -57,7 +69,7 @@ def run_accelerate(args: argparse.Namespace) -> None:
     batches = None
     if calibration is not None:
         read = calibration.batches(config.image_size, config.in_channels, args.batch)
-        batches = [pixels for pixels, _ in progress(read, "reading calibration images", math.ceil(len(calibration) / args.batch))]
+        batches = [pixels for pixels, _ in progress(read, "calibration images", num_batches(calibration, args.batch))]
         _say_skipped(calibration)
     fast, report = accelerate(model, recipe, batches)
     print(report, end="\n\n")
@@ -65,8 +77,7 @@ def run_accelerate(args: argparse.Namespace) -> None:
     fidelity: dict[str, Fidelity] = {}
     if images is not None:
         read = images.batches(config.image_size, config.in_channels, args.batch)
-        total = math.ceil(len(images) / args.batch)
-        fidelity = compare_outputs(models, read, total, classifies=config.num_classes > 0)
+        fidelity = compare_outputs(models, read, num_batches(images, args.batch), classifies=config.num_classes > 0)
         _say_skipped(images)
     save(fast, args.output)
     latency = {batch: latencies(models, batch, args.rounds) for batch in sorted({1, args.batch})}
@@ -100,8 +111,10 @@ def float_model(arch: str | None, weights: str | None, overrides: dict) -> Visio
     config = read_config(weights)
     if config is None or overrides:
         config = infer_config(read_weights(weights), **overrides)
-        note(f"{weights} names no architecture; from its shapes {config.num_heads} heads, and pixel mean {config.mean}, "
-             f"std {config.std} are assumed; --arch or --override says otherwise")
+        note(
+            f"{weights} names no architecture; {config.num_heads} heads, pixel mean {config.mean} and std {config.std} "
+            "are assumed, --arch or --override says otherwise"
+        )
     return load_weights(VisionTransformer(config), weights).eval()
 
 
@@ -141,8 +154,8 @@ def _say_skipped(folder: ImageFolder) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     prepare_outputs(args)
-    rows, groups, imports = [], {}, 0.0
-    title = "speed and memory only: random weights and images, no accuracy"
+    rows, groups = [], {}
+    title = f"speed and memory only: random images, random weights (but for {DIGITS})"
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             models = recipe_variants(name, args.recipes)
@@ -155,17 +168,18 @@ def run_bench(args: argparse.Namespace) -> None:
                 peaks = {}
                 for variant in progress(models if args.memory else (), f"{name} batch {batch}: memory"):
                     peak = peak_memory(name, batch, saved.get(variant))
-                    peaks[variant], imports = round(peak.total, 1), peak.imports
-                rows += [{"model": name, **row, "peak_mib": peaks.get(row["variant"])} for row in latency_rows(latency, batch)]
+                    peaks[variant] = {"peak_mib": peak.total, "model_mib": peak.total - peak.imports}
+                measured = latency_rows(latency, batch)
+                rows += [{"model": name, **row, **peaks.get(row["variant"], {})} for row in measured]
                 groups[f"{name}, batch {batch}"] = bars(latency, batch)
-    cells = [(r["model"], *latency_cells(r), "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}") for r in rows]
+    memory = {"peak_mib": "peak MiB", "model_mib": "model MiB"} if args.memory else {}
+    cells = [(row["model"], *latency_cells(row), *(f"{row[key]:.0f}" for key in memory)) for row in rows]
     print(f"{title}\n{machine_line()}\n")
-    print(table(("model", *LATENCY_HEADER, "peak MiB"), cells))
+    print(table(("model", *LATENCY_HEADER, *memory.values()), cells))
     if args.memory:
-        print(f"\npeak MiB: a fresh process, of which {imports:.0f} MiB are Python and torch")
+        print("\npeak MiB: of a fresh process; model MiB: the part of it that came after importing the libraries")
     if args.json:
-        write_json(args.json, {"title": title, "machine": machine(), "rounds": args.rounds, "rows": rows,
-                               "import_mib": round(imports, 1) if args.memory else None})
+        write_json(args.json, {"title": title, "machine": machine(), "rounds": args.rounds, "rows": rows})
     if args.chart:
         write_chart(args.chart, f"{title}\n{machine_line()}", groups)
 
@@ -200,7 +214,10 @@ def run_info(args: argparse.Namespace) -> None:
 def latencies(models: dict[str, nn.Module], batch: int, rounds: int, name: str = "model") -> dict[str, Latency]:
     images = random_images(next(iter(models.values())), batch)
     calls = {variant: (lambda model=model: model(images)) for variant, model in models.items()}
-    return compare_latency(calls, rounds, label=f"{name} batch {batch}: latency")
+    latency = compare_latency(calls, rounds, label=f"{name} batch {batch}: latency")
+    if any(of.median > BUSY * of.min for of in latency.values()):
+        note(f"{name} batch {batch}: the median is far above the fastest round; other work runs here, measure it alone")
+    return latency
 
 
 def latency_rows(latency: dict[str, Latency], batch: int) -> list[dict]:
@@ -235,6 +252,10 @@ def bars(latency: dict[str, Latency], batch: int, fidelity: dict[str, Fidelity] 
         Bar(name, of.median / batch, fidelity[name].top1 if fidelity and name in fidelity else None)
         for name, of in latency.items()
     ]
+
+
+def num_batches(images: ImageFolder, size: int) -> int:
+    return math.ceil(len(images) / size)
 
 
 def machine_line() -> str:

@@ -21,9 +21,10 @@ from pyvit_accel.commands import (
     convert,
     fidelity_table,
     latencies,
-    latency_rows,
     latency_cells,
+    latency_rows,
     machine_line,
+    num_batches,
     prepare_outputs,
     recipe_variants,
 )
@@ -34,6 +35,7 @@ from pyvit_accel.output import Bar, note, progress, table, write_chart
 from pyvit_accel.recipes import W8A8, W8A8_DYNAMIC
 
 DATA = "PYVIT_ACCEL_DATA"
+RANDOM = "vit_base_patch16_224"
 REAL = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
 RECIPES = (W8A8, W8A8_DYNAMIC)
 CALIBRATION_IMAGES = 32
@@ -47,7 +49,7 @@ class Results:
     latency: list[tuple]
     charts: dict[str, list[Bar]]
 
-    def add(self, model: str, batch: int, latency: dict[str, Latency], fidelity: dict[str, Fidelity] | None = None) -> None:
+    def add(self, model: str, batch: int, latency: dict[str, Latency], fidelity: dict[str, Fidelity] | None = None):
         self.latency += [(model, *latency_cells(row)) for row in latency_rows(latency, batch)]
         self.charts[f"{model}, batch {batch}"] = bars(latency, batch, fidelity)
 
@@ -58,7 +60,7 @@ def run_demo(args: argparse.Namespace) -> None:
     rounds = 7 if args.quick else 20
     results = Results([], {})
     _digits(results, 200 if args.quick else None, rounds)
-    _random(results, "vit_base_patch16_224", rounds)
+    _random(results, RANDOM, rounds)
     for name in REAL if (folder := data_folder()) else ():
         _real(results, name, folder, 64 if args.quick else None, rounds)
     print(f"Latency, ms per image: median, and the fastest of {rounds} rounds taken in turn. {machine_line()}\n")
@@ -98,7 +100,7 @@ def _real(results: Results, name: str, folder: Path, count: int | None, rounds: 
     images = ImageFolder.open(folder / "imagenet_val_227", folder / "labels.json", model.config.num_classes)
     images = images.sample(count)[0] if count else images
     read = images.batches(size, channels, 8)
-    fidelity = compare_outputs(models, read, math.ceil(len(images) / 8), f"{name}: accuracy")
+    fidelity = compare_outputs(models, read, num_batches(images, 8), f"{name}: accuracy")
     print(f"{name} (pretrained), {fidelity[FP32].images} ImageNet validation images; not the accuracy on all 50,000\n")
     print(fidelity_table(fidelity), end="\n\n")
     results.add(name, 1, latencies(models, 1, rounds, name), fidelity)

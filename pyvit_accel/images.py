@@ -56,8 +56,8 @@ class ImageFolder:
             if not folder.paths:
                 folder = _labelled_by_folders(folder, num_classes)
         if not folder.paths:
-            found = f"; the first of {len(folder.skipped)} other files is {next(iter(folder.skipped))}" if folder.skipped else ""
-            raise ValueError(f"{root} holds no image{found}")
+            others = f"; {len(folder.skipped)} other files, like {next(iter(folder.skipped))}" if folder.skipped else ""
+            raise ValueError(f"{root} holds no image{others}")
         for path, label in zip(folder.paths, folder.labels or [], strict=False):
             if num_classes and not 0 <= label < num_classes:
                 raise ValueError(
@@ -80,7 +80,7 @@ class ImageFolder:
         return self.subset(sorted(chosen)), self.subset(i for i in range(len(self)) if i not in chosen)
 
     def batches(self, image_size: int, channels: int, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(pixels (B, channels, image_size, image_size) uint8, labels (B,) int64 or None); unreadable files are skipped.
+        """(pixels (B, channels, image_size, image_size) uint8, labels (B,) int64 or None); skips what cannot be read.
 
         Raises ValueError when channels is not what image files can give, or not one file is readable.
         """
@@ -104,7 +104,7 @@ class ImageFolder:
             yield self._batch(pixels, labels)
         if not found:
             name, reason = next(iter(self.skipped.items()))
-            raise ValueError(f"{self.root}: none of {len(self)} files is a readable image; the first is {name}: {reason}")
+            raise ValueError(f"{self.root}: none of {len(self)} images can be read; the first is {name}: {reason}")
 
     def _batch(self, pixels: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor | None]:
         return torch.stack(pixels), None if self.labels is None else torch.tensor(labels)
@@ -198,8 +198,8 @@ def _labelled_by_folders(folder: ImageFolder, num_classes: int | None) -> ImageF
     numbered = all(path.name.isdecimal() for path in classes)
     if classes and not numbered and num_classes and len(classes) != num_classes:
         raise ValueError(
-            f"{root} has {len(classes)} class folders but the model has {num_classes} classes, so names do not say which is "
-            "which; name the folders by class index (0, 1, ...), or pass a file of labels"
+            f"{root} has {len(classes)} class folders but the model has {num_classes} classes, so which is which is "
+            "unknown; name the folders by class index (0, 1, ...), or pass a file of labels"
         )
     paths, labels = [], []
     for place, path in enumerate(classes):

@@ -90,7 +90,7 @@ def compare_outputs(
             for name, model in models.items():
                 logits = model(pixels).double()
                 if not logits.isfinite().all():
-                    raise ValueError(f"{name}: the model gave NaN or infinite outputs on these images; check its weights")
+                    raise ValueError(f"the {name} model gave NaN or infinite outputs; check its weights")
                 if first is None:
                     first = logits
                     norm += float(first.square().sum())
@@ -128,16 +128,18 @@ class Peak:
 
 
 def peak_memory(name: str, batch: int, saved: Path | None = None) -> Peak:
-    """The peak of a fresh process that runs one batch on the float model `name`, or on the accelerated one in `saved`."""
-    request = {"name": name, "batch": batch, "saved": saved and str(saved.resolve()), "threads": torch.get_num_threads()}
+    """The peak of a fresh process that runs one batch on the float model `name`, or the accelerated one in `saved`."""
+    file, threads = saved and str(saved.resolve()), torch.get_num_threads()
+    request = {"name": name, "batch": batch, "saved": file, "threads": threads}
     code = "from pyvit_accel.measure import _report_peak; _report_peak()"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(request)],
         capture_output=True, text=True, check=False,
-        cwd=tempfile.gettempdir(),  # -c puts the working directory first on the path: a checkout there would hide the install
+        cwd=tempfile.gettempdir(),  # -c puts it first on the path: a checkout there would hide the install
     )
     if done.returncode:
-        raise RuntimeError(f"the process that measures memory failed: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"the process that measures memory failed: {reason}")
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -19,14 +19,15 @@ GREY, BLUES = "#8c8c8c", ("#1f6fb4", "#5fa8dc", "#a9d1ee")
 
 def require(module: str) -> ModuleType:
     """A module of the optional extra pyvit_accel[cli]; ImportError names the extra when it is not installed."""
+    top = module.split(".")[0]
     try:
-        return import_module(module)
+        import_module(top)
     except ImportError as error:
-        top = module.split(".")[0]
         if error.name != top:
             raise
         name = DISTRIBUTIONS.get(top, top)
         raise ImportError(f'this needs {name}; run pip install "pyvit_accel[cli]"') from error
+    return import_module(module)
 
 
 def note(text: str) -> None:

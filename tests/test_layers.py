@@ -15,10 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 # What each layer of pyvit_accel may import of pyvit_accel, and which third-party packages.
 BELOW_MODULES = {"formats", "reference", "backends", "ops"}
-BELOW_RECIPES = BELOW_MODULES | {"modules", "adapters", "calibrate", "models", "errors"}
-ANYTHING = BELOW_RECIPES | {"recipes", "convert", "serialize", "kernels", "tokens", "sparsity", "_C"}
+BELOW_RECIPES = BELOW_MODULES | {"modules", "adapters", "calibrate", "models", "files", "errors"}
+COMMANDS = {"commands", "demo", "images", "measure", "output"}
+ANYTHING = BELOW_RECIPES | COMMANDS | {"recipes", "convert", "serialize", "kernels", "tokens", "sparsity", "_C"}
 LAYERS = {
     "errors": (set(), set()),
+    "files": (set(), {"torch", "safetensors"}),
     "formats": (set(), {"torch"}),
     "reference": ({"formats"}, {"torch"}),
     "backends": ({"formats", "reference", "_C"}, {"torch"}),
@@ -26,7 +28,7 @@ LAYERS = {
     "modules": (BELOW_MODULES | {"calibrate", "errors"}, {"torch"}),
     "adapters": ({"modules", "errors"}, {"torch"}),
     "calibrate": ({"formats", "errors"}, {"torch"}),
-    "models": ({"errors"}, {"torch", "numpy", "safetensors", "sklearn"}),
+    "models": ({"files", "errors"}, {"torch", "numpy", "sklearn"}),
     "convert": ({"errors"}, {"torch"}),
     "tokens": (BELOW_MODULES | {"modules", "errors"}, {"torch"}),
     "sparsity": ({"formats", "errors"}, {"torch"}),
