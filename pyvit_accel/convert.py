@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyvit_accel.errors import Unsupported
 
@@ -37,7 +37,7 @@ class Rule:
 
     match    glob on the dotted name, "blocks.*.mlp.*"
     kinds    dotted class names, matched against the module's MRO
-    convert  (module, observed) to a Replacement, or raises Unsupported with the reason; observed is what calibration saw
+    convert  (module, observed) to a Replacement, or raises Unsupported with the reason; observed: what calibration saw
     exact    the class itself, no subclass
     """
 
@@ -113,7 +113,7 @@ def accelerate(
 ) -> tuple[nn.Module, Report]:
     """Replace what the recipe can replace; the deepest match wins, the rest is kept and listed with its reason.
 
-    model        in eval mode; not changed unless inplace (the copy shares the tensors that are kept)
+    model        in eval mode; not changed unless inplace (the copy shares the memory of the tensors that are kept)
     calibration  batches the model can be called with: tensors, (inputs, ...) tuples or keyword dicts
     strict       raise Unsupported instead of keeping a module a rule could not convert
     returns      the accelerated model, and a Report that prints as a table
@@ -130,26 +130,33 @@ def accelerate(
             "images as the model sees them, or use W8A8_DYNAMIC, which needs none"
         )
     if not inplace:
-        tensors = [*model.parameters(), *model.buffers()]
-        model = copy.deepcopy(model, {id(t): t for t in tensors})
+        model = copy.deepcopy(model, _shared_tensors(model))
+    modules = dict(model.named_modules(remove_duplicate=False))
     with recipe.prepare(model):
         observed = recipe.observe(model, calibration) if recipe.observe and calibration is not None else None
         plan, refused = _plan(model, recipe, observed)
         if strict and refused:
             name, reason = next(iter(refused.items()))
             raise Unsupported(f"{name}: {reason}")
-        report = Report(recipe.name, tuple(_entries(model, plan, refused)))
-        specs = []
+        report = Report(recipe.name, tuple(_entries(modules, plan, refused)))
+        made = getattr(model, "pyvit_accel", {"recipe": "", "modules": []})  # by an earlier call
         for name, new in plan.items():
-            target = ".".join(part for part in (name, new.path) if part)
-            specs.append({"name": name, "path": new.path, **new.spec})
+            target = _target(name, new)
+            new.module.train(False)
             if target:
-                new.module.train(False)
                 model.set_submodule(target, new.module)
             else:
                 model = new.module
-    model.pyvit_accel = {"recipe": recipe.name, "modules": specs}
+    specs = [{"name": name, "path": new.path, **new.spec} for name, new in plan.items()]
+    names = [name for name in (made["recipe"], recipe.name) if name]
+    model.pyvit_accel = {"recipe": " + ".join(names), "modules": made["modules"] + specs}
     return model, report
+
+
+def _shared_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """A deepcopy memo: new tensors in the same memory. Moving or converting the copy leaves the model as it was."""
+    memo: dict[int, Tensor] = {id(t): nn.Parameter(t.detach(), t.requires_grad) for t in model.parameters()}
+    return memo | {id(t): t.detach() for t in model.buffers()}
 
 
 def _plan(model: nn.Module, recipe: Recipe, observed: Any) -> tuple[dict[str, Replacement], dict[str, str]]:
@@ -158,26 +165,34 @@ def _plan(model: nn.Module, recipe: Recipe, observed: Any) -> tuple[dict[str, Re
     refused: dict[str, str] = {}
     taken: list[str] = []
     for rule in recipe.rules:
-        for name, module in model.named_modules():
+        for name, module in model.named_modules(remove_duplicate=False):
             if not rule.applies(name, module) or name in plan or any(_inside(name, t) for t in taken):
                 continue
             try:
-                plan[name] = rule.convert(module, observed)
+                new = rule.convert(module, observed)
             except Unsupported as reason:
                 refused.setdefault(name, str(reason))
-            else:
-                taken.append(".".join(part for part in (name, plan[name].path) if part))
-                refused.pop(name, None)
+                continue
+            target = _target(name, new)
+            if any(_inside(t, target) for t in taken):
+                continue  # an earlier rule took a part of it
+            plan[name] = new
+            taken.append(target)
+            refused.pop(name, None)
     return plan, refused
+
+
+def _target(name: str, new: Replacement) -> str:
+    return ".".join(part for part in (name, new.path) if part)
 
 
 def _inside(name: str, parent: str) -> bool:
     return not parent or name == parent or name.startswith(f"{parent}.")
 
 
-def _entries(model: nn.Module, plan: dict[str, Replacement], refused: dict[str, str]) -> Iterable[Entry]:
-    targets = {".".join(p for p in (name, new.path) if p): new for name, new in plan.items()}
-    for name, module in model.named_modules():
+def _entries(modules: dict[str, nn.Module], plan: dict[str, Replacement], refused: dict[str, str]) -> Iterable[Entry]:
+    targets = {_target(name, new): new for name, new in plan.items()}
+    for name, module in modules.items():
         kind = type(module).__name__
         if name in targets:
             yield Entry(name, kind, targets[name].spec.get("class", type(targets[name].module).__name__), "")

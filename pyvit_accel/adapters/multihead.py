@@ -21,6 +21,10 @@ from pyvit_accel.modules.parts import AttentionParts
 MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 
 
+class _InProjection(nn.Linear):
+    """in_proj_weight as a Linear. A class of its own: rules for nn.Linear must not take what the `with` ends."""
+
+
 def attention_parts(attention: nn.Module) -> AttentionParts:
     """The Linears share their parameters with `attention`; nothing is copied."""
     if isinstance(attention, UnpackedAttention):
@@ -33,7 +37,7 @@ def attention_parts(attention: nn.Module) -> AttentionParts:
     if attention.bias_k is not None or attention.add_zero_attn:
         raise Unsupported("attention to extra keys (add_bias_kv or add_zero_attn)")
     C, bias = attention.embed_dim, attention.in_proj_bias
-    qkv = nn.Linear(C, 3 * C, bias=bias is not None, device="meta")
+    qkv = _InProjection(C, 3 * C, bias=bias is not None, device="meta")
     qkv.weight = attention.in_proj_weight
     if bias is not None:
         qkv.bias = bias

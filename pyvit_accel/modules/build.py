@@ -1,8 +1,9 @@
 """From parts to modules: where ranges are folded into weights and scales are set.
 
-Calibration gives q, k and v one static scale per head, and evens out the channels of the norm outputs (calibrate/fold.py):
-the fold goes into the norm and, undone, into the next weight. Norm, attention and GELU outputs have a scale per token:
-with static ones the squared logit error of DeiT-Ti and ViT-Ti is two to four times as large, and a block is 5 % faster.
+Calibration gives q, k and v one static scale per head, and evens out the channels of the norm outputs
+(calibrate/fold.py): the fold goes into the norm and, undone, into the next weight. Norm, attention and GELU outputs
+have a scale per token: with static ones the squared logit error of DeiT-Ti and ViT-Ti is two to four times as large,
+and a block is 5 % faster.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pyvit_accel.calibrate import Activation, Observed
 from .parts import AttentionParts, BlockParts, MlpParts
 from .quant_attention import QuantAttention
 from .quant_block import QuantBlock
-from .quant_linear import QuantLinear, check_weight
+from .quant_linear import QuantLinear, check_finite, check_weight
 from .quant_mlp import QuantMlp
 
 GELU_MINIMUM = -0.1701  # just below the smallest value of any GELU: -0.16997 exact, -0.17004 tanh, -0.1636 quick
@@ -67,6 +68,8 @@ def quant_block(parts: BlockParts, scales: Scales) -> QuantBlock:
     attention, mlp = parts.attention, parts.mlp
     norm1, qkv = _norm_and_linear(parts.norm1, attention.qkv, scales)
     norm2, fc1 = _norm_and_linear(parts.norm2, (mlp.fc1,), scales)
+    for s in (parts.layer_scale1, parts.layer_scale2):
+        check_finite("layer_scale", s)
     layer_scales = [None if s is None else s.detach().float().clone() for s in (parts.layer_scale1, parts.layer_scale2)]
     return QuantBlock(
         norm1,
@@ -151,6 +154,8 @@ def _split(qkv: tuple[nn.Linear, ...], observed: Observed) -> tuple[Activation, 
 
 def _norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> nn.LayerNorm:
     """A LayerNorm like `norm` with this weight and bias, float32, frozen."""
+    check_finite("norm weight", weight)
+    check_finite("norm bias", bias)
     new = nn.LayerNorm(norm.normalized_shape, norm.eps, device=weight.device).requires_grad_(False)
     new.weight.copy_(weight.detach())
     new.bias.copy_(bias.detach())

@@ -12,12 +12,17 @@ from pyvit_accel.formats import affine, packed
 MAX_IN_FEATURES = 2**16  # of 255 * 127 each, the largest product with a zero point
 
 
+def check_finite(name: str, t: Tensor | None) -> None:
+    """Raise Unsupported for NaN, which codes cannot hold and would hide, and for infinities."""
+    if t is not None and not torch.isfinite(t).all():
+        count = int((~torch.isfinite(t)).sum())
+        raise Unsupported(f"{name} holds {count} NaN or infinite values; repair the checkpoint")
+
+
 def check_weight(layer: nn.Linear | nn.Conv2d) -> None:
     """Raise Unsupported, with the reason, when a layer cannot be quantised."""
     for name in ("weight", "bias"):
-        t = getattr(layer, name)
-        if t is not None and not torch.isfinite(t).all():
-            raise Unsupported(f"{name} holds {int((~torch.isfinite(t)).sum())} NaN or infinite values; repair the checkpoint")
+        check_finite(name, getattr(layer, name))
     if layer.weight.numel() == 0:
         raise Unsupported(f"weight {tuple(layer.weight.shape)} is empty")
     if layer.weight[0].numel() >= MAX_IN_FEATURES:
@@ -69,15 +74,17 @@ class QuantLinear(PackedWeight):
     ) -> None:
         """x_scale: how many values it has, 0 for one per token."""
         super().__init__(in_features, out_features, bias)
-        self.register_buffer("x_scale", torch.ones(x_scale) if x_scale else None)
+        # In this order: torch.export (2.13) counts buffers that are None, and lacks an input when two come before one.
         self.register_buffer("_one", torch.ones(1), persistent=False)
+        self.register_buffer("x_scale", torch.ones(x_scale) if x_scale else None)
         self.x_zero_point, self.x_minimum = (0 if x_minimum is None else -128), x_minimum
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, x_minimum: float | None = None) -> QuantLinear:
         """One scale per token. Raises Unsupported for NaN or infinite weights and for shapes int8 sums cannot hold."""
         check_weight(linear)
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, 0, x_minimum).to(linear.weight.device)
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, 0, x_minimum)
+        new = new.to(linear.weight.device)
         weight = new.pack(linear.weight, linear.bias)
         if x_minimum is not None:
             below = x_minimum * weight.sum(dim=1)
@@ -102,7 +109,7 @@ class QuantLinear(PackedWeight):
         return ops.quantize(x, self.x_scale, self.x_zero_point)
 
     def matmul(self, codes: Tensor, scale: Tensor | None = None, **epilogue) -> Tensor:
-        """int8 codes (..., K) to (..., N); keyword arguments as in ops.lowbit_linear. scale: only when it is dynamic."""
+        """int8 codes (..., K) to (..., N); epilogue as in ops.lowbit_linear. scale: only when it is dynamic."""
         if self.x_scale is not None:
             scale = self.x_scale if self.x_scale.shape[0] == 1 else self._one
         return ops.lowbit_linear(

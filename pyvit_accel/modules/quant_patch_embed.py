@@ -12,15 +12,15 @@ from .quant_linear import PackedWeight, check_weight
 
 
 class QuantPatchEmbed(PackedWeight):
-    """images (B, Cin, H, W) to patches (B, P, C) float32; int8 weights, pixels exact.
+    """images (B, Cin, H, W) to patches (B, P, C) in the dtype of the convolution; int8 weights, pixels exact.
 
     uint8 images are used as they are. Normalised float images are mapped back to the nearest pixel value, 1/255 apart,
     which is exact when they came from uint8 pixels normalised with the same mean and std.
     """
 
-    def __init__(self, in_channels: int, out_features: int, patch_size: int) -> None:
+    def __init__(self, in_channels: int, out_features: int, patch_size: int, dtype: str = "float32") -> None:
         super().__init__(in_channels * patch_size**2, out_features)
-        self.in_channels, self.patch_size = in_channels, patch_size
+        self.in_channels, self.patch_size, self.dtype = in_channels, patch_size, getattr(torch, dtype)
         self.register_buffer("mean", torch.zeros(in_channels, 1, 1))
         self.register_buffer("std", torch.ones(in_channels, 1, 1))
 
@@ -29,7 +29,8 @@ class QuantPatchEmbed(PackedWeight):
         """Raises Unsupported for NaN or infinite weights."""
         conv = parts.conv
         check_weight(conv)
-        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size[0]).to(conv.weight.device)
+        dtype = str(conv.weight.dtype).removeprefix("torch.")
+        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size[0], dtype).to(conv.weight.device)
         new.mean.copy_(torch.tensor(parts.mean)[:, None, None])
         new.std.copy_(torch.tensor(parts.std)[:, None, None])
         weight = conv.weight.detach().double()
@@ -46,10 +47,15 @@ class QuantPatchEmbed(PackedWeight):
         if images.dtype != torch.uint8:
             pixels = (images.float() * self.std + self.mean) * 255
             images = torch.round(pixels).clamp(0, 255).to(torch.uint8)
-        return ops.quant_patch_embed(images, self.w_packed, self.w_scale, self.bias, self.patch_size)
+        return ops.quant_patch_embed(images, self.w_packed, self.w_scale, self.bias, self.patch_size).to(self.dtype)
 
     def config(self) -> dict:
-        return {"in_channels": self.in_channels, "out_features": self.out_features, "patch_size": self.patch_size}
+        return {
+            "in_channels": self.in_channels,
+            "out_features": self.out_features,
+            "patch_size": self.patch_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_features={self.out_features}, patch_size={self.patch_size}, int8"
