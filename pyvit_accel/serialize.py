@@ -11,36 +11,28 @@ The tensors are the model's state dict. The metadata has "pyvit_accel", a JSON o
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from pyvit_accel import adapters, modules
+from pyvit_accel.files import check_writable, read_metadata, read_tensors, write_safetensors
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig
 
 FORMAT_VERSION = 1
+UNREADABLE = {
+    "empty": "load: {path} is empty (0 bytes); save the model again",
+    "pickle": "load: {path} is a pickle (torch.save), which can run code when opened and is never read here; "
+    "load float weights with load_weights, then accelerate and save",
+    "foreign": "load: {path} is truncated or not a safetensors file ({error}); copy or save it again",
+    "damaged": "load: {path} is truncated or not a safetensors file ({error}); copy or save it again",
+}
 CLASSES = {
     name: getattr(modules, name)
     for name in ("QuantAttention", "QuantBlock", "QuantLinear", "QuantMlp", "QuantPatchEmbed", "WeightOnlyLinear")
 }
 TABLES = {name: getattr(adapters, name) for name in ("ATTENTIONS", "BLOCKS", "MLPS", "PATCH_EMBEDS")}
-
-
-def check_writable(path: str | Path) -> Path:
-    """Raise ValueError unless a file can be written at path: before the work, not after it."""
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; name a file in it")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} does not exist; create it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{path} is not writable; choose another place or change its permissions")
-    return path
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -50,28 +42,15 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     made = getattr(model, "pyvit_accel", None)
     if made is None:
-        raise ValueError(f"save: {type(model).__name__} was not accelerated; pass what accelerate(model, recipe) returned")
+        name = type(model).__name__
+        raise ValueError(f"save: {name} was not accelerated; pass what accelerate(model, recipe) returned")
     path = check_writable(path)
     if isinstance(model, VisionTransformer):
         architecture = {"vit": model.config.to_dict()}
     else:
         architecture = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
     header = {"version": FORMAT_VERSION, "architecture": architecture, **made}
-    tensors, seen = {}, set()
-    for name, t in model.state_dict().items():
-        t = t.detach().contiguous()
-        shared = t.numel() and t.data_ptr() in seen  # safetensors refuses two names for one storage
-        seen.add(t.data_ptr())
-        tensors[name] = t.clone() if shared else t
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, {"pyvit_accel": json.dumps(header)})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_safetensors(path, model.state_dict(), {"pyvit_accel": json.dumps(header)})
 
 
 def read_header(path: str | Path) -> dict:
@@ -79,23 +58,11 @@ def read_header(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"load: {path} does not exist")
-    with path.open("rb") as file:
-        start = file.read(2)
-    if not start:
-        raise ValueError(f"load: {path} is empty (0 bytes); save the model again")
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise ValueError(
-            f"load: {path} is a pickle (torch.save), which can run code when opened and is never read here; "
-            "load float weights with load_weights, then accelerate and save"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"load: {path} is truncated or not a safetensors file ({error}); copy or save it again") from None
+    metadata = read_metadata(path, UNREADABLE)
     if "pyvit_accel" not in metadata:
         raise ValueError(
-            f"load: {path} is a safetensors file, but not one save wrote; for float weights use load_weights, then accelerate"
+            f"load: {path} is a safetensors file, but not one save wrote; "
+            "for float weights use load_weights, then accelerate"
         )
     header = json.loads(metadata["pyvit_accel"])
     if header.get("version") != FORMAT_VERSION:
@@ -118,13 +85,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     architecture = header["architecture"]
     if model is None:
         if "vit" not in architecture:
-            raise ValueError(f"load: {path} holds a {architecture['class']}; pass the float model, load(path, model=...)")
+            name = architecture["class"]
+            raise ValueError(f"load: {path} holds a {name}; pass the float model, load(path, model=...)")
         with torch.device("meta"):
             model = VisionTransformer(ViTConfig.from_dict(architecture["vit"]))
     for spec in header["modules"]:
         model = _rebuild(model, spec, path)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - aligned, and free of the file
+    tensors = read_tensors(path, UNREADABLE)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -138,7 +105,9 @@ def _rebuild(model: nn.Module, spec: dict, path: str | Path) -> nn.Module:
     target = ".".join(part for part in (spec["name"], spec["path"]) if part)
     cls = CLASSES.get(spec["class"])
     if cls is None:
-        raise ValueError(f"load: {path} needs a module {spec['class']}, which this release does not have; upgrade pyvit_accel")
+        raise ValueError(
+            f"load: {path} needs a module {spec['class']}, which this release does not have; upgrade pyvit_accel"
+        )
     new = cls.from_config(spec["config"]) if hasattr(cls, "from_config") else cls(**spec["config"])
     try:
         original, matched = model.get_submodule(target), model.get_submodule(spec["name"])

@@ -1,7 +1,6 @@
 """Reading weights into a VisionTransformer: everything is verified before the model is touched.
 
-Reads .safetensors (https://github.com/huggingface/safetensors: uint64 length, JSON header, raw tensors) without the
-safetensors package, and .pth/.pt/.bin through torch.load(weights_only=True). Knows the names of timm, of the original
+Reads .safetensors, and .pth/.pt/.bin through torch.load(weights_only=True). Knows the names of timm, of the original
 DeiT and DeiT III checkpoints and of the original DINOv2 ones.
 """
 
@@ -12,20 +11,26 @@ import json
 import math
 import pickle
 import re
-import struct
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pyvit_accel.files import check_writable, read_metadata, read_tensors, write_safetensors
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig, architecture
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDISPENSABLE = (
     "patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight",
 )
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+UNREADABLE = {
+    "empty": "load_weights: {path} is empty (0 bytes); copy or download it again",
+    "pickle": "load_weights: {path} is not a safetensors file but looks like a torch checkpoint; rename it to .pth",
+    "foreign": "load_weights: {path} is not a safetensors file ({error})",
+    "damaged": "load_weights: {path} is truncated or damaged ({error}); copy or download it again",
+}
 
 
 def load_weights(model_or_name: VisionTransformer | str, path: str | Path) -> VisionTransformer:
@@ -46,16 +51,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file, with timm's names and float32 weights."""
     path = _existing(path)
     if path.suffix == ".safetensors":
-        state_dict = _read_safetensors(path)
+        state_dict = read_tensors(path, UNREADABLE)
     elif path.suffix in TORCH_SUFFIXES:
         state_dict = _read_torch(path)
     else:
         raise ValueError(
             f"load_weights: {path} ends in {path.suffix!r}; expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}"
         )
-    converts = (torch.float64, torch.float16, torch.bfloat16)
-    state_dict = {name: x.float() if x.dtype in converts else x for name, x in state_dict.items()}
-    return _timm_names(state_dict)
+    if not state_dict:
+        raise ValueError(f"load_weights: {path} holds no tensors")
+    return _timm_names({name: x.float() if x.dtype in FLOATS else x for name, x in state_dict.items()})
 
 
 def read_config(path: str | Path) -> ViTConfig | None:
@@ -63,23 +68,20 @@ def read_config(path: str | Path) -> ViTConfig | None:
     path = _existing(path)
     if path.suffix != ".safetensors":
         return None
-    metadata = _read_safetensors_header(path)[0].get("__metadata__") or {}
+    metadata = read_metadata(path, UNREADABLE)
     return ViTConfig.from_dict(json.loads(metadata["config"])) if "config" in metadata else None
 
 
 def save_weights(model: VisionTransformer, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write a .safetensors file with the weights in dtype and the ViTConfig as metadata."""
-    names = {torch_dtype: name for name, torch_dtype in SAFETENSORS_DTYPES.items()}
-    header: dict = {"__metadata__": {"config": json.dumps(model.config.to_dict())}}
-    chunks, end = [], 0
-    for name, x in model.state_dict().items():
-        chunk = x.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": names[dtype], "shape": list(x.shape), "data_offsets": [end, end + len(chunk)]}
-        chunks.append(chunk)
-        end += len(chunk)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors start aligned
-    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + b"".join(chunks))
+    """Write a .safetensors file with the weights in dtype and the ViTConfig as metadata, whole or not at all.
+
+    Raises ValueError for a dtype load_weights does not read, or a path that cannot be written.
+    """
+    if dtype not in FLOATS:
+        raise ValueError(f"save_weights: dtype={dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    path = check_writable(path)
+    tensors = {name: x.to("cpu", dtype) for name, x in model.state_dict().items()}
+    write_safetensors(path, tensors, {"config": json.dumps(model.config.to_dict())})
 
 
 def infer_config(state_dict: dict[str, Tensor], **overrides) -> ViTConfig:
@@ -142,7 +144,7 @@ def _existing(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"load_weights: {path} is not a file")
     if path.stat().st_size == 0:
-        raise ValueError(f"load_weights: {path} is empty (0 bytes); copy or download it again")
+        raise ValueError(UNREADABLE["empty"].format(path=path))
     return path
 
 
@@ -226,62 +228,3 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             "or 'state_dict'"
         )
     return dict(checkpoint)
-
-
-def _read_safetensors_header(path: Path) -> tuple[dict, int]:
-    """The JSON header and the position of the first tensor."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(9)
-        length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
-        foreign = f"load_weights: {path} is not a safetensors file"
-        if start[:2] == b"PK":
-            raise ValueError(f"{foreign} but looks like a torch checkpoint; rename it to .pth")
-        if start[8:9] != b"{" or length > 100_000_000:  # the format's own limit
-            raise ValueError(f"{foreign} (it does not start with a header)")
-        if 8 + length > size:
-            raise ValueError(_truncated(path, size, 8 + length))
-        file.seek(8)
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{foreign} (its header is not JSON)") from error
-    return header, 8 + length
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    header, start = _read_safetensors_header(path)
-    data = bytearray(path.stat().st_size - start)
-    with path.open("rb") as file:
-        file.seek(start)
-        file.readinto(data)
-    state_dict = {name: _read_tensor(path, name, entry, start, data)
-                  for name, entry in header.items() if name != "__metadata__"}
-    if not state_dict:
-        raise ValueError(f"load_weights: {path} holds no tensors")
-    return state_dict
-
-
-def _read_tensor(path: Path, name: str, entry: dict, start: int, data: bytearray) -> Tensor:
-    damaged = f"load_weights: {path} is damaged: its header describes {name} as {entry}"
-    try:
-        dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(damaged) from error
-    if dtype_name not in SAFETENSORS_DTYPES:
-        known = ", ".join(SAFETENSORS_DTYPES)
-        raise ValueError(f"load_weights: {name} in {path} has dtype {dtype_name}; expected one of {known}")
-    dtype, integers = SAFETENSORS_DTYPES[dtype_name], (*shape, begin, end)
-    if not all(isinstance(number, int) and number >= 0 for number in integers):
-        raise ValueError(damaged)
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(damaged)
-    if end > len(data):
-        raise ValueError(_truncated(path, start + len(data), start + end))
-    if begin == end:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=begin).reshape(shape)
-
-
-def _truncated(path: Path, size: int, expected: int) -> str:
-    return f"load_weights: {path} is truncated: {size} bytes of at least {expected}; copy or download it again"
