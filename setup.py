@@ -59,7 +59,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["pyvit_accel*"]) + ["pyvit_accel.kernels"],
+    packages=[*find_packages(include=["pyvit_accel*"]), "pyvit_accel.kernels"],
     package_dir={"pyvit_accel.kernels": "kernels"},
     package_data={"pyvit_accel.models": ["*.safetensors"]},
     install_requires=["torch>=2.11", "numpy", "safetensors"],

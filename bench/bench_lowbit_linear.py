@@ -12,7 +12,9 @@ LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # inputs
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("implementation", ["float32", "onednn_int8", "lowbit_linear", "lowbit_linear_gelu", "weight_only"])
+@pytest.mark.parametrize(
+    "implementation", ["float32", "onednn_int8", "lowbit_linear", "lowbit_linear_gelu", "weight_only"]
+)
 def bench_linear(measure, batch, width, layer, implementation):
     M, (K, N) = batch * TOKENS, (width * n for n in LAYERS[layer])
     x, weight, bias = torch.randn(M, K), torch.randn(N, K), torch.randn(N)

@@ -8,9 +8,12 @@ from conftest import TOKENS
 from pyvit_accel import ops, reference
 
 
-@pytest.mark.parametrize("implementation", ["layer_norm", "layer_norm_then_quantize", "norm_quant", "norm_quant_static"])
+@pytest.mark.parametrize(
+    "implementation", ["layer_norm", "layer_norm_then_quantize", "norm_quant", "norm_quant_static"]
+)
 def bench_norm_quant(measure, batch, width, implementation):
-    x, weight, bias, scale = torch.randn(batch * TOKENS, width), torch.rand(width), torch.randn(width), torch.tensor([0.03])
+    x, scale = torch.randn(batch * TOKENS, width), torch.tensor([0.03])
+    weight, bias = torch.rand(width), torch.randn(width)
     if implementation == "layer_norm":
         fn = lambda: F.layer_norm(x, (width,), weight, bias)  # noqa: E731
     elif implementation == "layer_norm_then_quantize":

@@ -74,7 +74,7 @@ def use_isa(name: str) -> Iterator[None]:
         _C.select_isa(before)
 
 
-class use_reference(TorchDispatchMode):  # noqa: N801 - used as `with use_reference():`
+class use_reference(TorchDispatchMode):  # lower case: used as `with use_reference():`
     """Rerun a model on the reference implementations, when a number looks odd."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

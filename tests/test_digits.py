@@ -23,7 +23,7 @@ def test_recognises_the_held_out_third():
 def test_data():
     pytest.importorskip("sklearn")
     parts = {split: digits_data(split) for split in ("train", "test")}
-    for (images, labels), n in zip(parts.values(), (1198, 599)):
+    for (images, labels), n in zip(parts.values(), (1198, 599), strict=True):
         assert (images.shape, images.dtype) == ((n, 1, 32, 32), torch.uint8)
         assert (labels.shape, labels.dtype) == ((n,), torch.int64)
         assert (int(images.min()), int(images.max()), int(labels.min()), int(labels.max())) == (0, 255, 0, 9)

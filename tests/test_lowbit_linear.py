@@ -163,7 +163,8 @@ def test_errors():
         with pytest.raises(ValueError, match=message(text)):
             ops.lowbit_linear(x, wrong, w_packed, w_scale)
     for name, wrong in (("bias", w_scale[:1]), ("layer_scale", w_scale[:, None])):
-        with pytest.raises(ValueError, match=message(f"lowbit_linear: {name} has shape {tuple(wrong.shape)}; use (20,)")):
+        text = f"lowbit_linear: {name} has shape {tuple(wrong.shape)}; use (20,)"
+        with pytest.raises(ValueError, match=message(text)):
             ops.lowbit_linear(x, x_scale, w_packed, w_scale, **{name: wrong})
     with pytest.raises(ValueError, match=message("lowbit_linear: out_scale has shape (6,); use (1,) or (20,)")):
         ops.lowbit_linear(x, x_scale, w_packed, w_scale, out_scale=w_scale[:6])

@@ -286,7 +286,8 @@ def test_errors():
     for k_wrong, v_wrong in ((k, v[:, :, :9]), (k[..., :7], v[..., :7]), (k[:1], v[:1]), (k, v[..., :7])):
         with pytest.raises(ValueError, match=message(text.format(tuple(k_wrong.shape), tuple(v_wrong.shape)))):
             ops.quant_attention(q, k_wrong, v_wrong, *scales)
-    with pytest.raises(ValueError, match=message("quant_attention: q (3, 9, 8) and k (2, 3, 10, 8) must be (B, H, N, D)")):
+    text = "quant_attention: q (3, 9, 8) and k (2, 3, 10, 8) must be (B, H, N, D)"
+    with pytest.raises(ValueError, match=message(text)):
         ops.quant_attention(q[0], k, v, *scales)
     text = "quant_attention: k_scale (7,) does not broadcast to (2, 3, 10)"
     with pytest.raises(ValueError, match=message(text)):

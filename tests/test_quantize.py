@@ -111,10 +111,11 @@ def test_errors():
         ops.quantize(x, torch.ones(3))
     with pytest.raises(ValueError, match=re.escape("quantize: scale has shape (1, 8); use (1,) or (8,)")):
         ops.quantize(x, torch.ones(1, 8))
-    with pytest.raises(TypeError, match="quantize: scale must be float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"quantize: scale must be float32, got torch\.float64"):
         ops.quantize(x, torch.ones(1, dtype=torch.float64))
     for shape in ((), (2, 0)):
-        with pytest.raises(ValueError, match=re.escape(f"x has shape {shape}; it needs a last dimension of at least 1")):
+        message = f"x has shape {shape}; it needs a last dimension of at least 1"
+        with pytest.raises(ValueError, match=re.escape(message)):
             ops.quantize(torch.zeros(shape))
     message = "quantize: zero_point=5 needs a static scale; per-row scales are symmetric"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):

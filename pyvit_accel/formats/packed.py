@@ -6,8 +6,8 @@ features, zero padded:
     bytes 0..63      16 int32, little endian: the sum over k of each feature's codes
     bytes 64..       K4 / 4 groups of 64 bytes; byte 4 n + i of group g is the code of feature n, input 4 g + i
 
-A group is one 64-byte register of int8 dot products (four inputs for sixteen features), and a tile streams through a cache
-line by line. The sums turn unsigned or shifted activations into signed ones: sum (q - z) w = sum q w - z sum w.
+A group is one 64-byte register of int8 dot products (four inputs for sixteen features), and a tile streams through a
+cache line by line. The sums turn unsigned or shifted activations into signed ones: sum (q - z) w = sum q w - z sum w.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ class PatchEmbed(nn.Module):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         # Channel by channel with Python numbers: a tensor of means would be copied to the GPU on every call.
-        channels = [(x.float() / 255 - mean) / std for x, mean, std in zip(pixels.unbind(1), self.mean, self.std)]
+        each = zip(pixels.unbind(1), self.mean, self.std, strict=True)
+        channels = [(x.float() / 255 - mean) / std for x, mean, std in each]
         return torch.stack(channels, dim=1).to(self.proj.weight.dtype)
 
 

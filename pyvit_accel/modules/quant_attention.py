@@ -45,7 +45,7 @@ class QuantAttention(nn.Module):
         return codes.transpose(1, 2), scale.view(x.shape[:-1]).transpose(1, 2)
 
     def attend(self, codes: Tensor, scale: Tensor, attn_mask: Tensor | None = None, **epilogue) -> Tensor:
-        """Int8 codes (B, N, C) of the normalised tokens to the projection's output; epilogue as in ops.lowbit_linear."""
+        """Int8 codes (B, N, C) of normalised tokens to the projection's output; epilogue as in ops.lowbit_linear."""
         if self.head_scale is not None:
             q, k, v = self._split(self.qkv.matmul(codes, scale, out_scale=self.qkv_scale))
             q_scale, k_scale, v_scale = self.head_scale

@@ -1,7 +1,7 @@
 """Registration shared by the ops.
 
-Library.define costs 2 us a call less than custom_op outside inference_mode; the price is that a backward has to be refused
-by hand: the extension does it in C++ (module.cpp), and finish() does it here where there is no extension.
+Library.define costs 2 us a call less than custom_op outside inference_mode; the price is that a backward has to be
+refused by hand: the extension does it in C++ (module.cpp), and finish() does it here where there is no extension.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from ._library import check_rows, check_vector, define
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 
 
-def _fake(x, x_scale, w_packed, w_scale, bias, x_zero_point, activation, layer_scale, residual, out_scale, out_zero_point):
+def _fake(
+    x, x_scale, w_packed, w_scale, bias, x_zero_point, activation, layer_scale, residual, out_scale, out_zero_point
+):
     return x.new_empty(x.shape[0], w_scale.shape[0], dtype=torch.float32 if out_scale is None else torch.int8)
 
 
@@ -32,7 +34,8 @@ def check_weight(op: str, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None
     N = w_scale.shape[0]
     if w_packed.shape != packed_shape(N, K):
         raise ValueError(
-            f"{op}: x has K={K} and w_scale N={N}, so w_packed must be {packed_shape(N, K)}, got {tuple(w_packed.shape)}"
+            f"{op}: x has K={K} and w_scale N={N}, so w_packed must be {packed_shape(N, K)}, "
+            f"got {tuple(w_packed.shape)}"
         )
     check_vector(op, "bias", bias, N)
     return N
@@ -84,6 +87,7 @@ def lowbit_linear(
             raise ValueError(f"lowbit_linear: residual is {tuple(residual.shape)}, the output {(*x.shape[:-1], N)}")
         residual = residual.reshape(-1, N)
     y = _op(
-        rows, x_scale, w_packed, w_scale, bias, x_zero_point, activation, layer_scale, residual, out_scale, out_zero_point
+        rows, x_scale, w_packed, w_scale, bias, x_zero_point,
+        activation, layer_scale, residual, out_scale, out_zero_point,
     )
     return y.reshape(*x.shape[:-1], N)

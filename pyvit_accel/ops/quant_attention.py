@@ -47,7 +47,7 @@ def quant_attention(
 ) -> Tensor:
     """softmax(q k^T q_scale k_scale softmax_scale + bias + key_bias) v v_scale.
 
-    q                 (B, H, Nq, D)     int8; k, v (B, H, Nk, D). Any strides over contiguous D: views of a qkv matmul fit
+    q                 (B, H, Nq, D)     int8; k, v (B, H, Nk, D). Any strides over contiguous D, so views of qkv fit
     q_scale, k_scale, v_scale           float32, broadcastable to (B, H, N): (1,), (H, 1) or (B, H, N)
     bias              broadcastable to (B, H, Nq, Nk), float, added to the scaled scores
     mask              the same shape, bool, False: this key is not seen. A query that sees none gives zeros
@@ -65,7 +65,8 @@ def quant_attention(
     B, H, Nq, D = q.shape
     Nk = k.shape[2]
     if k.shape != (B, H, Nk, D) or v.shape != k.shape:
-        raise ValueError(f"quant_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"quant_attention: {shapes} do not fit together")
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"quant_attention: mask must be bool, got {mask.dtype}; pass additive masks as bias")

@@ -38,7 +38,8 @@ def quantize(
     minimum     float        a lower bound of x, without a scale: x ~ (q + 128) * scale + minimum, all 256 codes in use
     returns     codes (..., K) int8, and the scale: the one given, or (rows,) float32
 
-    NaN has no defined code. Raises ValueError when the scale does not fit x, a zero point comes without a scale or a minimum with one. No gradient.
+    NaN has no defined code. Raises ValueError when the scale does not fit x, a zero point comes without a scale or a
+    minimum with one. No gradient.
     """
     K = check_rows("quantize", x)
     rows = x.reshape(-1, K).float()

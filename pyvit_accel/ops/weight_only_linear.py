@@ -1,4 +1,4 @@
-"""weight_only_linear: float activations x packed int8 weights, for models whose memory matters more than their speed."""
+"""weight_only_linear: float activations x packed int8 weights, for models whose memory matters more than speed."""
 
 from __future__ import annotations
 

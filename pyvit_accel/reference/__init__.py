@@ -1,4 +1,4 @@
-"""What each op means, in the plainest PyTorch: the only truth tests compare with, and the fallback where no kernel is."""
+"""What each op means, in the plainest PyTorch: the only truth tests compare with, the fallback where no kernel is."""
 
 from .lowbit_linear import lowbit_linear
 from .norm_quant import norm_quant, norm_quant_dynamic

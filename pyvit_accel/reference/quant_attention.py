@@ -4,7 +4,8 @@
     p = 2^((S - max S) log2 e),  c = rint(p p_max),  p_max = min(32767, (2^31 - 1) / (128 Nk))
     out = (sum_j c'_j v_j) (v_max / sum_j c_j),  c' = rint(p (v_scale / v_max) p_max),  v_max = max_j v_scale_j
 
-p_max is the largest for which no sum of codes leaves int32. v_max is taken over all keys, masked ones too. A row whose keys are all masked (-inf) gives zeros.
+p_max is the largest for which no sum of codes leaves int32. v_max is taken over all keys, masked ones too. A
+row whose keys are all masked (-inf) gives zeros.
 
 q         (B, H, Nq, D)      int8
 k, v      (B, H, Nk, D)      int8

@@ -1,6 +1,6 @@
 """Patch embedding of raw pixels: a convolution of stride patch_size with the normalisation folded into weight and bias.
 
-    (pixel / 255 - mean) / std = pixel * s + t with s, t per channel, so w' = w s and b' = b + sum w t: pixels are exact.
+    (pixel / 255 - mean) / std = pixel * s + t with s, t per channel, so w' = w s and b' = b + sum w t: pixels exact.
 
 images      (B, C, H, W)    uint8
 w_packed    W8 v1           uint8; holds (N, C patch_size^2) int8, inputs in channel, row, column order

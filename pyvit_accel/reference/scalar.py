@@ -1,7 +1,7 @@
 """The scalar functions of the epilogues, as float32 operations in a stated order.
 
-Every kernel computes these operations in this order without contraction, so codes agree bit for bit on every backend; how
-far they are from the true functions is measured in tests/test_scalar.py.
+Every kernel computes these operations in this order without contraction, so codes agree bit for bit on every backend;
+how far they are from the true functions is measured in tests/test_scalar.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 LOG2_E = 1.44269504
-_EXP2 = (0.00132647261, 0.00967151299, 0.0555073358, 0.240222424, 0.693147004, 1.0)  # 2^f, |f| <= 1/2: 9e-8, 2e-7 rounded
+# 2^f for |f| <= 1/2: 9e-8, 2e-7 rounded
+_EXP2 = (0.00132647261, 0.00967151299, 0.0555073358, 0.240222424, 0.693147004, 1.0)
 _PHI_P = (2.27495214e-08, 6.35206834e-06, 0.000168822022, 0.00467723841, 0.0338523164, 0.398942232)
 _PHI_Q = (1.19750473e-06, 7.36461952e-05, 0.00188442448, 0.0286456775, 0.251521081, 1.0)
 
