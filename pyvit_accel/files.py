@@ -57,7 +57,13 @@ def read_tensors(path: str | Path, reasons: dict[str, str]) -> dict[str, Tensor]
     Raises ValueError for a file that cannot be read, with reasons["empty" | "pickle" | "foreign" | "damaged"], in
     which {path} and {error} are filled in. A truncated file is a damaged one.
     """
-    return _read(path, reasons, lambda file: {name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
+    names = _read(path, reasons, lambda file: list(file.keys()))
+    tensors: dict[str, Tensor] = {}
+    # The file is mapped anew every few tensors: what is read of a mapping stays in memory while it is open.
+    for i in range(0, len(names), 16):
+        part = names[i : i + 16]
+        tensors |= _read(path, reasons, lambda file, part=part: {name: file.get_tensor(name).clone() for name in part})
+    return tensors
 
 
 def _read(path: str | Path, reasons: dict[str, str], read: Callable[[Any], Any]) -> Any:

@@ -108,7 +108,8 @@ def _rebuild(model: nn.Module, spec: dict, path: str | Path) -> nn.Module:
         raise ValueError(
             f"load: {path} needs a module {spec['class']}, which this release does not have; upgrade pyvit_accel"
         )
-    new = cls.from_config(spec["config"]) if hasattr(cls, "from_config") else cls(**spec["config"])
+    with torch.device("meta"):  # no memory: the tensors of the file take these places
+        new = cls.from_config(spec["config"]) if hasattr(cls, "from_config") else cls(**spec["config"])
     try:
         original, matched = model.get_submodule(target), model.get_submodule(spec["name"])
     except AttributeError:

@@ -75,7 +75,7 @@ class QuantLinear(PackedWeight):
         """x_scale: how many values it has, 0 for one per token."""
         super().__init__(in_features, out_features, bias)
         # In this order: torch.export (2.13) counts buffers that are None, and lacks an input when two come before one.
-        self.register_buffer("_one", torch.ones(1), persistent=False)
+        self.register_buffer("unit_scale", torch.ones(1))  # of codes whose x_scale the weight contains
         self.register_buffer("x_scale", torch.ones(x_scale) if x_scale else None)
         self.x_zero_point, self.x_minimum = (0 if x_minimum is None else -128), x_minimum
 
@@ -111,7 +111,7 @@ class QuantLinear(PackedWeight):
     def matmul(self, codes: Tensor, scale: Tensor | None = None, **epilogue) -> Tensor:
         """int8 codes (..., K) to (..., N); epilogue as in ops.lowbit_linear. scale: only when it is dynamic."""
         if self.x_scale is not None:
-            scale = self.x_scale if self.x_scale.shape[0] == 1 else self._one
+            scale = self.x_scale if self.x_scale.shape[0] == 1 else self.unit_scale
         return ops.lowbit_linear(
             codes, scale, self.w_packed, self.w_scale, self.bias, x_zero_point=self.x_zero_point, **epilogue
         )
