@@ -19,6 +19,7 @@ from pyvit_accel.formats import affine
 from pyvit_accel.models.vit import Attention, Block, Mlp, ViTConfig
 from pyvit_accel.modules import QuantLinear, QuantPatchEmbed, WeightOnlyLinear, build
 from pyvit_accel.modules.parts import PatchEmbedParts
+from pyvit_accel.reference.scalar import ACTIVATIONS
 
 C = SMALL["dim"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,6 +90,18 @@ def test_same_bits_as_the_reference(name):
         assert ((y - truth).abs() <= bound).all()
     else:
         assert torch.equal(y, truth)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("recipe", [recipes.W8A8_DYNAMIC, TENSOR], ids=["token", "tensor"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_mlp_is_its_layers_one_after_the_other(recipe, activation):
+    """In a block fc2 has a static scale and zero point, and fc1 writes the codes: the same codes fc2 would have found."""
+    mlp = accelerate(part(Block, activation=activation)(), recipe, [tokens()])[0].mlp
+    mlp.fc1 = QuantLinear.from_linear(spread(nn.Linear(C, 4 * C)))  # reads floats
+    assert (mlp.fc2.x_scale is not None) == (recipe is TENSOR)
+    hidden = ACTIVATIONS[activation](mlp.fc1(tokens()))
+    assert torch.equal(mlp(tokens()), mlp.fc2(hidden))
 
 
 @pytest.mark.parametrize("name", CASES)
