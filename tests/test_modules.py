@@ -96,7 +96,7 @@ def test_same_bits_as_the_reference(name):
 @pytest.mark.parametrize("recipe", [recipes.W8A8_DYNAMIC, TENSOR], ids=["token", "tensor"])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_mlp_is_its_layers_one_after_the_other(recipe, activation):
-    """In a block fc2 has a static scale and zero point, and fc1 writes the codes: the same codes fc2 would have found."""
+    """With a static scale and zero point fc1 writes the codes: those that fc2 would have found."""
     mlp = accelerate(part(Block, activation=activation)(), recipe, [tokens()])[0].mlp
     mlp.fc1 = QuantLinear.from_linear(spread(nn.Linear(C, 4 * C)))  # reads floats
     assert (mlp.fc2.x_scale is not None) == (recipe is TENSOR)
