@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyvit_accel import ops
 
+from .gradient import refuse_gradient
 from .quant_linear import QuantLinear
 
 
@@ -69,7 +70,7 @@ class QuantAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """attn_mask as in F.scaled_dot_product_attention: bool, True is seen, or float, added; (B | 1, H | 1, N, N)."""
-        return self.attend(*self.qkv.quantize(x), attn_mask).to(x.dtype)
+        return refuse_gradient(self.attend(*self.qkv.quantize(x), attn_mask).to(x.dtype), x)
 
     def config(self) -> dict:
         return {

@@ -9,6 +9,8 @@ from pyvit_accel import ops
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import affine, packed
 
+from .gradient import refuse_gradient
+
 MAX_IN_FEATURES = 2**16  # of 255 * 127 each, the largest product with a zero point
 
 
@@ -117,7 +119,7 @@ class QuantLinear(PackedWeight):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.matmul(*self.quantize(x)).to(x.dtype)
+        return refuse_gradient(self.matmul(*self.quantize(x)).to(x.dtype), x)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.x_zero_point])

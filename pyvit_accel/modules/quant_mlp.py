@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .gradient import refuse_gradient
 from .quant_linear import QuantLinear
 
 
@@ -25,7 +26,7 @@ class QuantMlp(nn.Module):
         return fc2.matmul(hidden, **epilogue)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.apply_codes(*self.fc1.quantize(x)).to(x.dtype)
+        return refuse_gradient(self.apply_codes(*self.fc1.quantize(x)).to(x.dtype), x)
 
     def config(self) -> dict:
         return {"fc1": self.fc1.config(), "fc2": self.fc2.config(), "activation": self.activation}
