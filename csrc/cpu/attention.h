@@ -48,7 +48,7 @@ INLINE void pack_values(const Attention& a, const int8_t* v, const Buffers& s, i
       const int64_t n = 2 * j;
       const vb lo = n < a.Nk ? load_16<vb>(v + n * a.v_stride[2] + d, n_d) : vb{};
       const vb hi = n + 1 < a.Nk ? load_16<vb>(v + (n + 1) * a.v_stride[2] + d, n_d) : vb{};
-      store(s.v + (t * pairs + j) * 64, (__builtin_convertvector(lo, vi) & 0xffff) | (__builtin_convertvector(hi, vi) << 16));
+      store(s.v + (t * pairs + j) * 64, (to_int(lo) & 0xffff) | (to_int(hi) << 16));
     }
   }
 }
@@ -68,16 +68,21 @@ INLINE int32_t softmax_codes(const Attention& a, const Buffers& s, int64_t b, in
       if (a.bias_stride[3] == 1) {
         y = y + load_16<vf>(bias + j, n);
       } else {
-        for (int64_t l = 0; l < n; ++l) y[l] += bias[(j + l) * a.bias_stride[3]];
+        float strided[16] = {};
+        for (int64_t l = 0; l < n; ++l) strided[l] = bias[(j + l) * a.bias_stride[3]];
+        y = y + load<vf>(strided);
       }
     }
     if (key_bias) {
-      vf kb = {};
-      for (int64_t l = 0; l < n; ++l) kb[l] = key_bias[(j + l) * a.key_bias_stride[1]];
-      y = y + kb;
+      float strided[16] = {};
+      for (int64_t l = 0; l < n; ++l) strided[l] = key_bias[(j + l) * a.key_bias_stride[1]];
+      y = y + load<vf>(strided);
     }
-    for (int64_t l = n; l < 16; ++l) y[l] = -__builtin_inff();
     store(x + j, y);
+    if (n < 16) {  // the keys beyond the last are not seen
+      for (int64_t l = n; l < 16; ++l) x[j + l] = -__builtin_inff();
+      y = load<vf>(x + j);
+    }
     peak = vmax(y, peak);
   }
   const float top = hmax(peak);
@@ -89,15 +94,13 @@ INLINE int32_t softmax_codes(const Attention& a, const Buffers& s, int64_t b, in
   vi sum = {};
   for (int64_t j = 0; j < padded_keys; j += 16) {
     const vf t = (load<vf>(x + j) - top) * 1.44269504f;
-    const vf prob = exp2_small(vmax(t, splat(-100.f)));
+    const vf prob = exp2_small(vmax(t, -100.f));
     const vi code = to_int(rint_small(prob * p_max));
-    sum += code;
+    sum = sum + code;
     const vi w = weighted ? to_int(rint_small(prob * load<vf>(s.v_ratio + j) * p_max)) : code;
-    store(p + j, __builtin_convertvector(w, vs));
+    store(p + j, to_words(w));
   }
-  int32_t total = 0;
-  for (int l = 0; l < 16; ++l) total += sum[l];
-  return total;
+  return hsum(sum);
 }
 
 void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, int64_t item_end) {

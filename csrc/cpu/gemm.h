@@ -90,7 +90,7 @@ INLINE void rewrite_row(const int8_t* src, uint8_t* dst, int64_t K, int64_t padd
   } else {
     int16_t* d = (int16_t*)dst;
     int64_t k = 0;
-    for (; k + 16 <= K; k += 16) store(d + k, __builtin_convertvector(load<vb>(src + k), vs));
+    for (; k + 16 <= K; k += 16) store(d + k, to_words(load<vb>(src + k)));
     for (; k < K; ++k) d[k] = src[k];
     for (; k < padded; ++k) d[k] = 0;
   }

@@ -1,5 +1,10 @@
 // quantize and norm_quant: one row at a time, the row in L1 between its passes.
-INLINE vf8 half(const float* p) { return load<vf8>(p); }
+INLINE double total(const rd* parts) {
+  double s = 0;
+  for (int i = 0; i < 2 * kParts; ++i)
+    for (unsigned l = 0; l < sizeof(rd) / 8; ++l) s += parts[i][l];
+  return s;
+}
 
 template <bool kNorm>
 INLINE void quantize_row(const Rows& p, int64_t m, float* y) {
@@ -7,25 +12,26 @@ INLINE void quantize_row(const Rows& p, int64_t m, float* y) {
   const int64_t K = p.K;
   float mean = 0, rstd = 0;
   if constexpr (kNorm) {  // sums in double: their order does not show in the float result
-    vd8 s0 = {}, s1 = {};
-    int64_t k = 0;
-    for (; k + 16 <= K; k += 16) {
-      s0 += __builtin_convertvector(half(x + k), vd8);
-      s1 += __builtin_convertvector(half(x + k + 8), vd8);
+    rd sums[2 * kParts] = {}, squares[2 * kParts] = {};
+    int64_t whole = K / 16 * 16;
+    for (int64_t k = 0; k < whole; k += 16) {
+      const vf v = load<vf>(x + k);
+      EACH sums[2 * i] += low_double(v.v[i]), sums[2 * i + 1] += high_double(v.v[i]);
     }
-    double sum = hsum(s0 + s1);
-    for (int64_t i = k; i < K; ++i) sum += x[i];
+    double sum = total(sums), square = 0;
+    for (int64_t k = whole; k < K; ++k) sum += x[k];
     const double mu = sum / K;
-    vd8 q0 = {}, q1 = {};
-    for (int64_t i = 0; i < k; i += 16) {
-      const vd8 d0 = __builtin_convertvector(half(x + i), vd8) - mu, d1 = __builtin_convertvector(half(x + i + 8), vd8) - mu;
-      q0 += d0 * d0;
-      q1 += d1 * d1;
+    for (int64_t k = 0; k < whole; k += 16) {
+      const vf v = load<vf>(x + k);
+      EACH {
+        const rd low = low_double(v.v[i]) - mu, high = high_double(v.v[i]) - mu;
+        squares[2 * i] += low * low, squares[2 * i + 1] += high * high;
+      }
     }
-    double squares = hsum(q0 + q1);
-    for (; k < K; ++k) squares += (x[k] - mu) * (x[k] - mu);
+    square = total(squares);
+    for (int64_t k = whole; k < K; ++k) square += (x[k] - mu) * (x[k] - mu);
     mean = (float)mu;
-    rstd = (float)(1.0 / __builtin_sqrt(squares / K + p.eps));
+    rstd = (float)(1.0 / __builtin_sqrt(square / K + p.eps));
   }
   // The codes are bytes, which may alias anything: what the loop needs is copied out of p first.
   const float *weight = p.weight, *bias = p.bias, *scale_k = p.scale_stride ? p.scale : nullptr;

@@ -1,45 +1,146 @@
-// Sixteen lanes of float or int32, whatever the instruction set: the compiler splits them into its own registers.
+// Sixteen lanes of float or int32 as one to four registers of the instruction set, so that the compiler keeps them there.
+// (GCC splits wider-than-native vectors too, but turns their comparisons into scalar code.)
 // Included inside a namespace of the including file.
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef int8_t vb __attribute__((vector_size(16)));
-typedef int16_t vs __attribute__((vector_size(32)));
-typedef float vf8 __attribute__((vector_size(32)));
-typedef double vd8 __attribute__((vector_size(64)));
-
 #define INLINE inline __attribute__((always_inline))
+#if defined(USE_AVX512_VNNI)
+#define REGISTER_BYTES 64
+#elif defined(USE_AVX2)
+#define REGISTER_BYTES 32
+#else
+#define REGISTER_BYTES 16
+#endif
+constexpr int kParts = 64 / REGISTER_BYTES;
+typedef float rf __attribute__((vector_size(REGISTER_BYTES)));
+typedef int32_t ri __attribute__((vector_size(REGISTER_BYTES)));
+typedef double rd __attribute__((vector_size(REGISTER_BYTES)));
+#define EACH _Pragma("GCC unroll 8") for (int i = 0; i < kParts; ++i)
 
-template <class V, class T> INLINE V load(const T* p) { V v; __builtin_memcpy(&v, p, sizeof v); return v; }
-template <class V, class T> INLINE void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
-template <class V, class T> INLINE V load_n(const T* p, int64_t n) {  // the first n lanes, the others zero
-  V v = {};
-  __builtin_memcpy(&v, p, n * sizeof *p);
-  return v;
+// Plain aggregates: a constructor that the compiler writes would not be compiled for this file's instruction set.
+struct vf { rf v[kParts]; };
+struct vi { ri v[kParts]; };
+struct vb { int8_t v[16]; };   // codes, in memory order
+struct vs { int16_t v[16]; };
+
+INLINE vf splat(float x) { vf y; EACH y.v[i] = x - rf{}; return y; }
+INLINE vi splat(int32_t x) { vi y; EACH y.v[i] = x - ri{}; return y; }
+#define OPERATOR(V, S, op) \
+  INLINE V operator op(V a, V b) { EACH a.v[i] = a.v[i] op b.v[i]; return a; } \
+  INLINE V operator op(V a, S b) { return a op splat(b); } \
+  INLINE V operator op(S a, V b) { return splat(a) op b; }
+OPERATOR(vf, float, +) OPERATOR(vf, float, -) OPERATOR(vf, float, *) OPERATOR(vf, float, /)
+OPERATOR(vi, int32_t, +) OPERATOR(vi, int32_t, -) OPERATOR(vi, int32_t, *)
+OPERATOR(vi, int32_t, &) OPERATOR(vi, int32_t, |) OPERATOR(vi, int32_t, ^)
+#undef OPERATOR
+INLINE vf operator-(vf a) { EACH a.v[i] = -a.v[i]; return a; }
+INLINE vi operator<<(vi a, int n) { EACH a.v[i] = a.v[i] << n; return a; }
+INLINE vi operator>>(vi a, int n) { EACH a.v[i] = a.v[i] >> n; return a; }
+INLINE vf vmin(vf a, vf b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+INLINE vf vmin(vf a, float b) { return vmin(a, splat(b)); }
+INLINE vf vmax(vf a, vf b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+INLINE vf vmax(vf a, float b) { return vmax(a, splat(b)); }
+INLINE vi bits(vf x) { vi y; EACH y.v[i] = (ri)x.v[i]; return y; }
+INLINE vf from_bits(vi x) { vf y; EACH y.v[i] = (rf)x.v[i]; return y; }
+INLINE vf vabs(vf x) { return from_bits(bits(x) & 0x7fffffff); }
+INLINE vf to_float(vi x) { vf y; EACH y.v[i] = __builtin_convertvector(x.v[i], rf); return y; }
+INLINE vi to_int(vf x) { vi y; EACH y.v[i] = __builtin_convertvector(x.v[i], ri); return y; }
+
+// Register by register: a memcpy of 64 bytes may be made of smaller moves, which a register then waits for.
+template <class V, class T> INLINE V load(const T* p) {
+  V x;
+  if constexpr (sizeof x.v == 64) {
+    EACH __builtin_memcpy(&x.v[i], (const char*)p + i * REGISTER_BYTES, REGISTER_BYTES);
+  } else {
+    __builtin_memcpy(x.v, p, sizeof x.v);
+  }
+  return x;
 }
-template <class V, class T> INLINE void store_n(T* p, V v, int64_t n) { __builtin_memcpy(p, &v, n * sizeof *p); }
+template <class V, class T> INLINE void store(T* p, V x) {
+  if constexpr (sizeof x.v == 64) {
+    EACH __builtin_memcpy((char*)p + i * REGISTER_BYTES, &x.v[i], REGISTER_BYTES);
+  } else {
+    __builtin_memcpy(p, x.v, sizeof x.v);
+  }
+}
+template <class V, class T> INLINE V load_n(const T* p, int64_t n) {  // the first n lanes, the others zero
+  V x = {};
+  __builtin_memcpy(x.v, p, n * sizeof *p);
+  return x;
+}
+template <class V, class T> INLINE void store_n(T* p, V x, int64_t n) { __builtin_memcpy(p, x.v, n * sizeof *p); }
 // Sixteen lanes, or the n < 16 that a tail has: a memcpy of run-time length is a call, which full vectors do not pay for.
 template <class V, class T> INLINE V load_16(const T* p, int64_t n) { return n >= 16 ? load<V>(p) : load_n<V>(p, n); }
-template <class V, class T> INLINE void store_16(T* p, V v, int64_t n) { n >= 16 ? store(p, v) : store_n(p, v, n); }
+template <class V, class T> INLINE void store_16(T* p, V x, int64_t n) { n >= 16 ? store(p, x) : store_n(p, x, n); }
 
-INLINE vf splat(float x) { return x - vf{}; }
-INLINE vi splat_i(int32_t x) { return x - vi{}; }
-INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
-INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
-INLINE vi bits(vf x) { return (vi)x; }
-INLINE vf from_bits(vi x) { return (vf)x; }
-INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
-INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-INLINE vf vabs(vf x) { return from_bits(bits(x) & 0x7fffffff); }
+// Between int32 lanes that hold small values and bytes or words, and from float to double.
+#if defined(USE_AVX512_VNNI)
+INLINE vb to_bytes(vi x) { vb y; _mm_storeu_si128((__m128i*)y.v, _mm512_cvtepi32_epi8((__m512i)x.v[0])); return y; }
+INLINE vs to_words(vi x) { vs y; _mm256_storeu_si256((__m256i*)y.v, _mm512_cvtepi32_epi16((__m512i)x.v[0])); return y; }
+INLINE vs to_words(vb x) {
+  vs y;
+  _mm256_storeu_si256((__m256i*)y.v, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)x.v)));
+  return y;
+}
+INLINE vi to_int(vb x) { vi y; y.v[0] = (ri)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x.v)); return y; }
+INLINE rd low_double(rf x) { return (rd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
+INLINE rd high_double(rf x) { return (rd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
+#elif defined(USE_AVX2)
+INLINE __m256i pack_words(vi x) {  // packs works within 128-bit halves: put the quarters back in order
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x.v[0], (__m256i)x.v[1]), 0xd8);
+}
+INLINE vs to_words(vi x) { vs y; _mm256_storeu_si256((__m256i*)y.v, pack_words(x)); return y; }
+INLINE vb to_bytes(vi x) {
+  const __m256i w = pack_words(x);
+  vb y;
+  _mm_storeu_si128((__m128i*)y.v, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+  return y;
+}
+INLINE vs to_words(vb x) {
+  vs y;
+  _mm256_storeu_si256((__m256i*)y.v, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)x.v)));
+  return y;
+}
+INLINE vi to_int(vb x) {
+  const __m128i b = _mm_loadu_si128((const __m128i*)x.v);
+  vi y;
+  y.v[0] = (ri)_mm256_cvtepi8_epi32(b), y.v[1] = (ri)_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8));
+  return y;
+}
+INLINE rd low_double(rf x) { return (rd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
+INLINE rd high_double(rf x) { return (rd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
+#else
+template <class To, class From> INLINE To convert(const From& x) {
+  To y;
+  for (int i = 0; i < 16; ++i) y.v[i] = x.v[i];
+  return y;
+}
+INLINE vb to_bytes(vi x) { struct { int32_t v[16]; } lanes; store(lanes.v, x); return convert<vb>(lanes); }
+INLINE vs to_words(vi x) { struct { int32_t v[16]; } lanes; store(lanes.v, x); return convert<vs>(lanes); }
+INLINE vs to_words(vb x) { return convert<vs>(x); }
+INLINE vi to_int(vb x) {
+  int32_t lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = x.v[i];
+  return load<vi>(lanes);
+}
+INLINE rd low_double(rf x) { return rd{x[0], x[1]}; }
+INLINE rd high_double(rf x) { return rd{x[2], x[3]}; }
+#endif
 
 // Half to even for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. (The sum is not folded away: no -ffast-math.)
 INLINE vf rint_small(vf x) { const vf magic = splat(12582912.f); return (x + magic) - magic; }
 
 INLINE float hmax(vf x) {
-  float m = x[0];
-  for (int i = 1; i < 16; ++i) m = x[i] > m ? x[i] : m;
+  float lanes[16], m;
+  store(lanes, x);
+  m = lanes[0];
+  for (int i = 1; i < 16; ++i) m = lanes[i] > m ? lanes[i] : m;
   return m;
 }
-INLINE double hsum(vd8 x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
+INLINE int32_t hsum(vi x) {
+  int32_t lanes[16], s = 0;
+  store(lanes, x);
+  for (int i = 0; i < 16; ++i) s += lanes[i];
+  return s;
+}
 
 // 2^t for |t| <= 100, 2e-7 relative: the polynomial of reference/scalar.py, in its order.
 INLINE vf exp2_small(vf t) {
@@ -52,10 +153,10 @@ INLINE vf exp2_small(vf t) {
   return from_bits(bits(p) + (to_int(n) << 23));
 }
 INLINE vf sigmoid2(vf t) {  // 1 / (1 + 2^-t)
-  return 1.0f / (1.0f + exp2_small(vmin(vmax(-t, splat(-100.f)), splat(100.f))));
+  return 1.0f / (1.0f + exp2_small(vmin(vmax(-t, -100.f), 100.f)));
 }
 INLINE vf gelu(vf x) {  // x Phi(x), Phi as a rational function, 2.5e-7 max(1, |x|) from the true value
-  const vf t = vmin(vmax(x, splat(-5.5f)), splat(5.5f)), z = t * t;
+  const vf t = vmin(vmax(x, -5.5f), 5.5f), z = t * t;
   vf p = z * 2.27495214e-08f + 6.35206834e-06f;
   p = p * z + 0.000168822022f;
   p = p * z + 0.00467723841f;
@@ -74,6 +175,6 @@ INLINE vf gelu_tanh(vf x) {  // 2 log2(e) sqrt(2 / pi) = 2.30220819
 INLINE vf quick_gelu(vf x) { return x * sigmoid2(x * 2.45546696f); }  // 1.702 log2(e)
 
 INLINE vb to_code(vf y, float zero_point) {  // clip before rounding: the same integer, and rint_small stays in range
-  y = vmin(vmax(y, splat(-128.f - zero_point)), splat(127.f - zero_point));
-  return __builtin_convertvector(to_int(rint_small(y) + zero_point), vb);
+  y = vmin(vmax(y, -128.f - zero_point), 127.f - zero_point);
+  return to_bytes(to_int(rint_small(y) + zero_point));
 }

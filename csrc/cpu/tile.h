@@ -34,10 +34,10 @@ INLINE regf dotf(regf acc, regf a, regf b) { return _mm_add_ps(acc, _mm_mul_ps(a
 #else
 constexpr bool kVnni = false;
 constexpr int kRows = 2, kTiles = 1;
-typedef vi reg;
-typedef vf regf;
-INLINE reg broadcast(const void* p) { int32_t v; __builtin_memcpy(&v, p, 4); return splat_i(v); }
-INLINE regf broadcastf(const float* p) { return splat(*p); }
+typedef ri reg;
+typedef rf regf;
+INLINE reg broadcast(const void* p) { int32_t v; __builtin_memcpy(&v, p, 4); return v - ri{}; }
+INLINE regf broadcastf(const float* p) { return *p - rf{}; }
 INLINE reg dot16(reg acc, reg a, reg b) { return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
 INLINE regf dotf(regf acc, regf a, regf b) { return acc + a * b; }
 #endif
