@@ -13,7 +13,6 @@ from pyvit_accel.calibrate import (
     bias_correction,
     fold_linear,
     fold_norm,
-    fold_producer,
     observe,
     outlier_fold,
     range_fold,
@@ -305,18 +304,8 @@ def test_a_value_fold_leaves_attention():
     x, p = torch.randn(2, 9, 16), torch.rand(2, 9, 9)
     fold = range_fold(Activation.of(p @ value(x)), centre=False)
     assert not fold.shift.any()
-    v = nn.functional.linear(x, *fold_producer(value.weight, value.bias, fold))
-    y = nn.functional.linear(p @ v, *fold_linear(proj.weight, proj.bias, fold))
+    y = nn.functional.linear(p @ value(x) / fold.ratio, *fold_linear(proj.weight, proj.bias, fold))
     torch.testing.assert_close(y, proj(p @ value(x)), rtol=1e-5, atol=1e-5)
-
-
-def test_fold_producer_undoes_fold_linear():
-    linear, fold = nn.Linear(5, 7), Fold(torch.rand(7) + 0.5, torch.randn(7))
-    weight, bias = fold_producer(linear.weight, None, fold)
-    x = torch.randn(3, 5)
-    torch.testing.assert_close(
-        nn.functional.linear(x, weight, bias), (x @ linear.weight.T - fold.shift) / fold.ratio, rtol=1e-5, atol=1e-5
-    )
 
 
 def test_full_strength_makes_every_range_equal_and_centred():
@@ -374,8 +363,6 @@ def test_folds_check_their_arguments():
         fold_norm(torch.ones(5), None, fold)
     with pytest.raises(ValueError, match="fold_linear: the linear takes 5 channels but the fold has 4"):
         fold_linear(torch.ones(2, 5), None, fold)
-    with pytest.raises(ValueError, match="fold_producer: the linear makes 2 channels but the fold has 4"):
-        fold_producer(torch.ones(2, 5), None, fold)
     x = Activation.of(torch.randn(3, 4))
     with pytest.raises(ValueError, match=r"range_fold: strength=1\.5 is outside 0\.\.1"):
         range_fold(x, 1.5)

@@ -15,7 +15,6 @@ from pyvit_accel.calibrate.fold import (
     bias_correction,
     fold_linear,
     fold_norm,
-    fold_producer,
     outlier_fold,
     range_fold,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "bias_correction",
     "fold_linear",
     "fold_norm",
-    "fold_producer",
     "observe",
     "outlier_fold",
     "range_fold",

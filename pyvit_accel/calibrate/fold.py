@@ -2,7 +2,6 @@
 
 y' = (y - shift) / ratio                               y (..., C); ratio > 0 and shift are (C,) float32
 norm that makes y:   gamma' = gamma / ratio            beta' = (beta - shift) / ratio
-linear that makes y: W' = W / ratio[:, None]           bias' = (bias - shift) / ratio
 linear that takes y: W' = W * ratio                    bias' = bias + W shift
 
 Exact in real arithmetic: the float network computes what it did. What changes is that one scale now serves all
@@ -88,13 +87,6 @@ def fold_norm(weight: Tensor | None, bias: Tensor | None, fold: Fold) -> tuple[T
     bias = torch.zeros_like(fold.ratio) if bias is None else bias.detach().float()
     _check("fold_norm", "the norm has", weight.shape[0], fold)
     return weight / fold.ratio, (bias - fold.shift) / fold.ratio
-
-
-def fold_producer(weight: Tensor, bias: Tensor | None, fold: Fold) -> tuple[Tensor, Tensor]:
-    """Weight (C, K) and bias of the linear that makes y', from those of the linear that makes y."""
-    _check("fold_producer", "the linear makes", weight.shape[0], fold)
-    bias = torch.zeros_like(fold.ratio) if bias is None else bias.detach().float()
-    return weight.detach().float() / fold.ratio[:, None], (bias - fold.shift) / fold.ratio
 
 
 def fold_linear(weight: Tensor, bias: Tensor | None, fold: Fold) -> tuple[Tensor, Tensor]:
