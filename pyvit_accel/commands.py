@@ -12,6 +12,7 @@ from torch import nn
 
 from pyvit_accel import backends
 from pyvit_accel.convert import Recipe, accelerate
+from pyvit_accel.files import check_writable
 from pyvit_accel.images import ImageFolder
 from pyvit_accel.measure import (
     DIGITS,
@@ -35,7 +36,7 @@ from pyvit_accel.models import (
 )
 from pyvit_accel.output import Bar, note, percent, progress, require, table, write_chart, write_json
 from pyvit_accel.recipes import RECIPES
-from pyvit_accel.serialize import check_writable, read_header, save
+from pyvit_accel.serialize import read_header, save
 
 FP32 = "fp32"
 LATENCY_HEADER = ("batch", "variant", "ms/image", "fastest", "speed-up")

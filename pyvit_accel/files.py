@@ -1,10 +1,11 @@
-"""Safetensors files: opened with the reason when they cannot be, written whole or not at all."""
+"""Files written whole or not at all, and safetensors opened with the reason when they cannot be."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
+def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
+    """write(temporary name), then move the file to path; nothing is left behind when write raises."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """The file appears whole or not at all."""
     separate, seen = {}, set()
@@ -35,15 +51,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         shared = t.numel() and t.data_ptr() in seen  # safetensors refuses two names for one storage
         seen.add(t.data_ptr())
         separate[name] = t.clone() if shared else t
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(separate, temporary, metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, lambda temporary: save_file(separate, temporary, metadata))
 
 
 def read_metadata(path: str | Path, reasons: dict[str, str]) -> dict[str, str]:

@@ -1,17 +1,16 @@
-"""What the commands show: notes and progress on stderr, tables, and files that appear whole or not at all."""
+"""What the commands show: notes and progress on stderr, tables, JSON and charts."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+
+from pyvit_accel.files import write_whole
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 GREY, BLUES = "#8c8c8c", ("#1f6fb4", "#5fa8dc", "#a9d1ee")
@@ -53,21 +52,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f} %"
-
-
-def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
-    """write(temporary name), then move the file to path; nothing is left behind when write raises."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def write_json(path: str | Path, value: dict) -> None:

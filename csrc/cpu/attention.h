@@ -4,7 +4,7 @@
 // their whole row of scores, codes and outputs in L1. No N x N tensor is ever in memory.
 //
 // P is 15 bits because int16 pairs (dot16) take V's int8 exactly: 2^-16 of the row's largest probability is near lossless,
-// and the sum over up to 512 keys cannot overflow int32; beyond that p_max shrinks (ops/quant_attention.py).
+// and the sum over up to 512 keys cannot overflow int32; beyond that p_max shrinks (quant_attention.cpp).
 struct Buffers {
   uint8_t *q, *k, *v;  // rewritten queries; K as weight tiles of 16 keys; V as int16 pairs of keys, tiles of 16 channels
   int32_t *k_offset, *scores, *out;

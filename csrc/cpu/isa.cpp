@@ -1,9 +1,7 @@
 // Which kernels run: the best this CPU has, unless a test asks for another.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-
-#include <atomic>
 
 #include "kernels.h"
 
