@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "cpu/kernels.h"
+#include "cpu/phases.h"
 
 namespace {
 
@@ -19,9 +20,26 @@ PyObject* select_isa(PyObject*, PyObject* arg) {
   return PyUnicode_FromString(chosen);
 }
 
+// profile(True): start counting. profile(False): stop, and return {phase: seconds of thread time}.
+PyObject* profile(PyObject*, PyObject* arg) {
+  using namespace pyvit_accel;
+  const int on = PyObject_IsTrue(arg);
+  if (on < 0) return nullptr;
+  profiling = false;
+  PyObject* seconds = PyDict_New();
+  for (int i = 0; seconds != nullptr && i < (int)Phase::count; ++i) {
+    PyObject* value = PyFloat_FromDouble(1e-9 * phase_ns[i].exchange(0));
+    if (value == nullptr || PyDict_SetItemString(seconds, kPhaseNames[i], value) < 0) Py_CLEAR(seconds);
+    Py_XDECREF(value);
+  }
+  profiling = on;
+  return seconds;
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
     {"select_isa", select_isa, METH_O, "Choose 'best', 'avx512_vnni', 'avx2' or 'portable'; returns the one in use."},
+    {"profile", profile, METH_O, "Start (True) or stop (False) timing the phases of a block; returns seconds per phase."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
@@ -32,6 +50,6 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 // No op has a gradient: integer codes have none. A backward through one raises; without one this costs nothing in Python.
 TORCH_LIBRARY_IMPL(pyvit_accel, Autograd, m) {
   for (const char* op : {"quantize", "quantize_dynamic", "norm_quant", "norm_quant_dynamic", "lowbit_linear",
-                         "weight_only_linear", "quant_attention", "quant_patch_embed"})
+                         "weight_only_linear", "quant_attention", "quant_patch_embed", "quant_block"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

@@ -23,6 +23,7 @@ OPS = (
     "weight_only_linear",
     "quant_attention",
     "quant_patch_embed",
+    "quant_block",
 )
 
 

@@ -61,6 +61,46 @@ def assert_nearest_codes(q: Tensor, value: Tensor, error: Tensor) -> None:
     assert ((q.double() - value.clamp(-128, 127)).abs() <= 0.5 + error).all()
 
 
+def block(
+    B: int, N: int, C: int, H: int, hidden: int, static: bool = False, activation: str = "gelu", vectors: bool = True
+) -> dict:
+    """Arguments of ops.quant_block. vectors: biases and layer scales; static: scales that calibration found."""
+    inner = C // H * H
+
+    def linear(name: str, features: int, inputs: int) -> dict:
+        _, w_packed, w_scale = weights(features, inputs)
+        return {f"{name}_w": w_packed, f"{name}_w_scale": w_scale, f"{name}_bias": vector(features)}
+
+    def vector(n: int) -> Tensor | None:
+        return torch.randn(n) if vectors else None
+
+    norms = {f"{n}_{part}": torch.rand(C) + 0.5 for n in ("norm1", "norm2") for part in ("weight", "bias")}
+    codes_of = {
+        "qkv_x_scale": torch.rand(C) * 0.1 + 0.01 if static else None,
+        "head_scale": torch.rand(3, H, 1) * 0.1 + 0.01 if static else None,
+        "fc1_x_scale": torch.rand(1) * 0.1 + 0.01 if static else None,
+        "fc2_x_scale": torch.rand(hidden) * 0.1 + 0.01 if static else None,
+        "fc2_x_zero_point": -100 if static else -128,
+        "fc2_x_minimum": None if static else -0.1701,
+    }
+    return {
+        "x": torch.randn(B, N, C) * 2,
+        **norms,
+        **linear("qkv", 3 * inner, C),
+        **linear("proj", C, inner),
+        **linear("fc1", hidden, C),
+        **linear("fc2", C, hidden),
+        **codes_of,
+        "norm1_eps": 1e-6,
+        "norm2_eps": 1e-5,
+        "num_heads": H,
+        "softmax_scale": (C // H) ** -0.5,
+        "activation": activation,
+        "layer_scale1": vector(C),
+        "layer_scale2": vector(C),
+    }
+
+
 @dataclass(frozen=True)
 class Call:
     """A call of a public op that reaches every one of its tensors."""
@@ -105,5 +145,6 @@ def one_call_of_each() -> dict[str, Call]:
         "quant_attention to codes": Call(ops.quant_attention, attention, biases | {"out_scale": torch.rand(1) + 0.1}),
         "quant_patch_embed": Call(ops.quant_patch_embed, (images, patch_packed, patch_scale, torch.randn(6, N), 4)),
     }
+    calls["quant_block"] = Call(ops.quant_block, (), block(2, 7, 48, 2, 80) | {"tokens": 5})
     torch.set_rng_state(generator_state)
     return calls

@@ -7,39 +7,66 @@
 // and the sum over up to 512 keys cannot overflow int32; beyond that p_max shrinks (quant_attention.cpp).
 struct Buffers {
   uint8_t *q, *k, *v;  // rewritten queries; K as weight tiles of 16 keys; V as int16 pairs of keys, tiles of 16 channels
-  int32_t *k_offset, *scores, *out;
+  int32_t* k_offset;
+  float *k_scale, *v_ratio, *scores;
   int16_t* p;
-  float *k_scale, *v_ratio;
 };
 
-// K: 16 keys x groups of 4 channels, each key's dword beside its neighbours'. Without VNNI each dword is two int16 groups.
-INLINE void pack_keys(const Attention& a, const int8_t* k, const Buffers& s, int64_t key_tiles, int64_t padded_d) {
-  const int64_t bytes = kVnni ? 1 : 2, tile_size = padded_d * kTile * bytes;
-  for (int64_t t = 0; t < key_tiles; ++t) {
-    for (int64_t i = 0; i < kTile; ++i) {
-      const int64_t n = t * kTile + i;
-      int32_t sum = 0;
-      if constexpr (kVnni) {
-        uint8_t* dst = s.k + t * tile_size + 4 * i;
-        const int8_t* src = k + n * a.k_stride[2];
-        for (int64_t d = 0; d < padded_d; d += 4, dst += 64) {
-          int8_t four[4] = {};
-          if (n < a.Nk && d + 4 <= a.D) __builtin_memcpy(four, src + d, 4);
-          else if (n < a.Nk) __builtin_memcpy(four, src + d, a.D - d);
-          __builtin_memcpy(dst, four, 4);
-          sum += four[0] + four[1] + four[2] + four[3];
-        }
-      } else {
-        int16_t* dst = (int16_t*)(s.k + t * tile_size) + 2 * i;
-        for (int64_t d = 0; d < padded_d; d += 2, dst += 32) {
-          dst[0] = n < a.Nk && d < a.D ? k[n * a.k_stride[2] + d] : 0;
-          dst[1] = n < a.Nk && d + 1 < a.D ? k[n * a.k_stride[2] + d + 1] : 0;
-        }
-      }
-      s.k_offset[n] = kVnni ? -128 * sum : 0;
+#if defined(USE_AVX512_VNNI)
+// 16 rows of 16 dwords to 16 columns: dword i of row n becomes dword n of row i.
+INLINE void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
     }
+  // r[4 i + c], 128-bit lane l: column 4 l + c of rows 4 i .. 4 i + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x44), b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xee), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xee);
+    t[c] = _mm512_shuffle_i32x4(a, b, 0x88), t[4 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[8 + c] = _mm512_shuffle_i32x4(d, e, 0x88), t[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+// K: 16 keys x groups of 4 channels, each key's dword beside its neighbours'; 64 bytes a group.
+INLINE void pack_keys(const Attention& a, const int8_t* k, const Buffers& s, int64_t key_tiles, int64_t padded_d) {
+  for (int64_t t = 0; t < key_tiles; ++t) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t d = 0; d < a.D; d += 64) {
+      const int64_t left = a.D - d;
+      const __mmask64 bytes = left >= 64 ? ~0ull : (1ull << left) - 1;
+      __m512i rows[16];
+      for (int64_t i = 0; i < kTile; ++i) {
+        const int64_t n = t * kTile + i;
+        rows[i] = n < a.Nk ? _mm512_maskz_loadu_epi8(bytes, k + n * a.k_stride[2] + d) : _mm512_setzero_si512();
+      }
+      transpose(rows);
+      uint8_t* dst = s.k + t * padded_d * kTile + d * kTile;
+      for (int64_t g = 0; g < 16 && d + 4 * g < padded_d; ++g) {
+        _mm512_storeu_si512(dst + 64 * g, rows[g]);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), rows[g]);
+      }
+    }
+    _mm512_storeu_si512(s.k_offset + t * kTile, _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum), 7));  // -128 sum
   }
 }
+#else
+// K: 16 keys x pairs of channels as int16, each key's dword beside its neighbours'; 64 bytes a pair.
+INLINE void pack_keys(const Attention& a, const int8_t* k, const Buffers& s, int64_t key_tiles, int64_t padded_d) {
+  for (int64_t n = 0; n < key_tiles * kTile; ++n) {
+    int16_t* dst = (int16_t*)s.k + n / kTile * padded_d * kTile + 2 * (n % kTile);
+    for (int64_t d = 0; d < padded_d; d += 2, dst += 32) {
+      dst[0] = n < a.Nk && d < a.D ? k[n * a.k_stride[2] + d] : 0;
+      dst[1] = n < a.Nk && d + 1 < a.D ? k[n * a.k_stride[2] + d + 1] : 0;
+    }
+    s.k_offset[n] = 0;
+  }
+}
+#endif
 
 INLINE void pack_values(const Attention& a, const int8_t* v, const Buffers& s, int64_t pairs, int64_t d_tiles) {
   for (int64_t t = 0; t < d_tiles; ++t) {
@@ -53,38 +80,19 @@ INLINE void pack_values(const Attention& a, const int8_t* v, const Buffers& s, i
   }
 }
 
-// One query's scores to codes; returns the sum of the codes.
-INLINE int32_t softmax_codes(const Attention& a, const Buffers& s, int64_t b, int64_t h, int64_t i, const int32_t* acc,
-                             int16_t* p, int64_t padded_keys, bool weighted) {
-  const float q_scale = a.q_scale[b * a.q_scale_stride[0] + h * a.q_scale_stride[1] + i * a.q_scale_stride[2]] * a.softmax_scale;
+// bias and key_bias added to one query's scores x, in place.
+void add_biases(const Attention& a, float* x, int64_t b, int64_t h, int64_t i) {
   const float* bias = a.bias ? a.bias + b * a.bias_stride[0] + h * a.bias_stride[1] + i * a.bias_stride[2] : nullptr;
   const float* key_bias = a.key_bias ? a.key_bias + b * a.key_bias_stride[0] : nullptr;
-  float* x = (float*)acc;
+  for (int64_t j = 0; bias && j < a.Nk; ++j) x[j] += bias[j * a.bias_stride[3]];
+  for (int64_t j = 0; key_bias && j < a.Nk; ++j) x[j] += key_bias[j * a.key_bias_stride[1]];
+}
+
+// One query's scores to codes; returns the sum of the codes. The keys beyond the last become -inf: not seen.
+INLINE int32_t softmax_codes(const Attention& a, const Buffers& s, float* x, int16_t* p, int64_t padded_keys, bool weighted) {
+  for (int64_t j = a.Nk; j < padded_keys; ++j) x[j] = -__builtin_inff();
   vf peak = splat(-__builtin_inff());
-  for (int64_t j = 0; j < padded_keys; j += 16) {
-    const int64_t n = a.Nk - j < 16 ? a.Nk - j : 16;
-    vf y = to_float(load<vi>(acc + j)) * (q_scale * load<vf>(s.k_scale + j));
-    if (bias) {
-      if (a.bias_stride[3] == 1) {
-        y = y + load_16<vf>(bias + j, n);
-      } else {
-        float strided[16] = {};
-        for (int64_t l = 0; l < n; ++l) strided[l] = bias[(j + l) * a.bias_stride[3]];
-        y = y + load<vf>(strided);
-      }
-    }
-    if (key_bias) {
-      float strided[16] = {};
-      for (int64_t l = 0; l < n; ++l) strided[l] = key_bias[(j + l) * a.key_bias_stride[1]];
-      y = y + load<vf>(strided);
-    }
-    store(x + j, y);
-    if (n < 16) {  // the keys beyond the last are not seen
-      for (int64_t l = n; l < 16; ++l) x[j + l] = -__builtin_inff();
-      y = load<vf>(x + j);
-    }
-    peak = vmax(y, peak);
-  }
+  for (int64_t j = 0; j < padded_keys; j += 16) peak = vmax(load<vf>(x + j), peak);
   const float top = hmax(peak);
   if (top == -__builtin_inff()) {  // every key masked: zeros
     __builtin_memset(p, 0, padded_keys * sizeof(int16_t));
@@ -95,23 +103,21 @@ INLINE int32_t softmax_codes(const Attention& a, const Buffers& s, int64_t b, in
   for (int64_t j = 0; j < padded_keys; j += 16) {
     const vf t = (load<vf>(x + j) - top) * 1.44269504f;
     const vf prob = exp2_small(vmax(t, -100.f));
-    const vi code = to_int(rint_small(prob * p_max));
+    const vi code = to_int(prob * p_max);
     sum = sum + code;
-    const vi w = weighted ? to_int(rint_small(prob * load<vf>(s.v_ratio + j) * p_max)) : code;
-    store(p + j, to_words(w));
+    store(p + j, to_words(weighted ? to_int(prob * load<vf>(s.v_ratio + j) * p_max) : code));
   }
   return hsum(sum);
 }
 
 void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, int64_t item_end) {
-  const int64_t key_tiles = round_up(a.Nk, kTile) / kTile, padded_keys = key_tiles * kTile, pairs = padded_keys / 2;
+  typedef typename std::conditional<kVnni, Dot8, Dot16>::type DotQK;
+  const int64_t key_tiles = round_up(a.Nk, kTile) / kTile, padded_keys = key_tiles * kTile, pairs = (a.Nk + 1) / 2;
   const int64_t d_tiles = round_up(a.D, kTile) / kTile, padded_d = round_up(a.D, 4), bytes = kVnni ? 1 : 2;
   const int64_t q_stride = round_up(padded_d * bytes, 64), k_tile = padded_d * kTile * bytes, v_tile = pairs * 64;
-  const int64_t out_width = d_tiles * kTile;
   Buffers s;
   uint8_t* next = (uint8_t*)scratch(
-      64 * 10 + kRows * q_stride + key_tiles * k_tile + d_tiles * v_tile +
-          padded_keys * (4 * (kRows + 3) + 2 * kRows) + 4 * kRows * out_width, 0);
+      64 * 10 + kRows * q_stride + key_tiles * k_tile + d_tiles * v_tile + padded_keys * (4 * (kRows + 3) + 2 * kRows), 0);
   const auto take = [&next](int64_t size) { uint8_t* p = next; next += round_up(size, 64); return p; };
   s.q = take(kRows * q_stride);
   s.k = take(key_tiles * k_tile);
@@ -119,13 +125,14 @@ void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, i
   s.k_offset = (int32_t*)take(4 * padded_keys);
   s.k_scale = (float*)take(4 * padded_keys);
   s.v_ratio = (float*)take(4 * padded_keys);
-  s.scores = (int32_t*)take(4 * kRows * padded_keys);
+  s.scores = (float*)take(4 * kRows * padded_keys);
   s.p = (int16_t*)take(2 * kRows * padded_keys);
-  s.out = (int32_t*)take(4 * kRows * out_width);
+  alignas(64) float ones[kTiles * kTile], out_inv_scale[kTiles * kTile], unfinished[kRows * kTiles * kTile];
+  for (float& x : ones) x = 1;
 
   const int64_t per_block = round_up((a.Nq + q_blocks - 1) / q_blocks, kRows);
   int64_t packed = -1;
-  float v_scale = 1;
+  float v_scale = 1, row_scale[kRows];
   bool weighted = false;
   for (int64_t item = item_begin; item < item_end; ++item) {
     const int64_t head = item / q_blocks, b = head / a.H, h = head % a.H;
@@ -146,37 +153,49 @@ void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, i
       }
     }
     const int8_t* q = a.q + b * a.q_stride[0] + h * a.q_stride[1];
+    const float* q_scale = a.q_scale + b * a.q_scale_stride[0] + h * a.q_scale_stride[1];
     for (int64_t i = i0; i < i1; i += kRows) {
       const int rows = i1 - i < kRows ? (int)(i1 - i) : kRows;
-      for (int r = 0; r < rows; ++r) rewrite_row(q + (i + r) * a.q_stride[2], s.q + r * q_stride, a.D, padded_d);
-      typedef typename std::conditional<kVnni, Dot8, Dot16>::type DotQK;
-      const auto qk = pick<DotQK, kTiles>(rows);
-      const auto qk_last = pick<DotQK, 1>(rows);
-      for (int64_t t = 0; t < key_tiles; t += kTiles)
-        (key_tiles - t >= kTiles ? qk : qk_last)(s.q, q_stride, s.k + t * k_tile, k_tile, padded_d * bytes / 4,
-                                                 s.k_offset + t * kTile, s.scores + t * kTile, padded_keys);
-      int32_t total[kRows];
-      for (int r = 0; r < rows; ++r)
-        total[r] = softmax_codes(a, s, b, h, i + r, s.scores + r * padded_keys, s.p + r * padded_keys, padded_keys, weighted);
-      const auto pv = pick<Dot16, kTiles>(rows);
-      const auto pv_last = pick<Dot16, 1>(rows);
-      for (int64_t t = 0; t < d_tiles; t += kTiles)
-        (d_tiles - t >= kTiles ? pv : pv_last)((const uint8_t*)s.p, 2 * padded_keys, s.v + t * v_tile, v_tile, pairs, nullptr,
-                                               s.out + t * kTile, out_width);
       for (int r = 0; r < rows; ++r) {
-        const float scale = total[r] ? v_scale / (float)total[r] : 0.f;
-        const int64_t at = (b * a.Nq + i + r) * a.H * a.D + h * a.D;
-        for (int64_t d = 0; d < a.D; d += 16) {
-          const int64_t n = a.D - d < 16 ? a.D - d : 16;
-          const vf y = to_float(load<vi>(s.out + r * out_width + d)) * scale;
-          if (a.out_scale) {
-            const float* os = a.out_scale + (h * a.D + d) * a.out_scale_stride;
-            const vb code = to_code(y * (1.f / (a.out_scale_stride ? load_16<vf>(os, n) : splat(*os))), 0.f);
-            store_16((int8_t*)a.out + at + d, code, n);
-          } else {
-            store_16((float*)a.out + at + d, y, n);
+        rewrite_row(q + (i + r) * a.q_stride[2], s.q + r * q_stride, a.D, padded_d);
+        row_scale[r] = q_scale[(i + r) * a.q_scale_stride[2]] * a.softmax_scale;
+      }
+      Tile qk = {};
+      qk.a = s.q, qk.a_stride = q_stride, qk.b_stride = k_tile, qk.groups = padded_d * bytes / 4, qk.next = s.v;
+      qk.x_scale = row_scale, qk.x_scale_stride = 1, qk.out_stride = padded_keys;
+      for (int64_t t = 0; t < key_tiles; t += kTiles) {
+        qk.b = s.k + t * k_tile, qk.init = s.k_offset + t * kTile, qk.w_scale = s.k_scale + t * kTile;
+        qk.out = s.scores + t * kTile;
+        pick<DotQK>(key_tiles - t < kTiles ? 1 : kTiles, rows, false)(qk);
+      }
+      for (int r = 0; r < rows; ++r) {
+        float* x = s.scores + r * padded_keys;
+        if (a.bias || a.key_bias) add_biases(a, x, b, h, i + r);
+        const int32_t total = softmax_codes(a, s, x, s.p + r * padded_keys, padded_keys, weighted);
+        row_scale[r] = total ? v_scale / (float)total : 0.f;
+      }
+      Tile pv = {};
+      pv.a = (const uint8_t*)s.p, pv.a_stride = 2 * padded_keys, pv.b_stride = v_tile, pv.groups = pairs, pv.next = s.k;
+      pv.x_scale = row_scale, pv.x_scale_stride = 1, pv.w_scale = ones, pv.out_inv_scale = out_inv_scale;
+      for (int64_t t = 0; t < d_tiles; t += kTiles) {
+        const int tiles = d_tiles - t < kTiles ? 1 : kTiles;
+        const int64_t d = t * kTile, count = a.D - d < tiles * kTile ? a.D - d : tiles * kTile;
+        const int64_t at = (b * a.Nq + i) * a.H * a.D + h * a.D + d;
+        const bool direct = count == tiles * kTile;
+        read_columns(out_inv_scale, a.out_scale, a.out_scale_stride, h * a.D + d, count);
+        if (a.out_scale) invert(out_inv_scale);
+        pv.b = s.v + t * v_tile;
+        pv.out = unfinished, pv.out_stride = kTiles * kTile;
+        if (direct) pv.out = a.out_scale ? (void*)((int8_t*)a.out + at) : (float*)a.out + at, pv.out_stride = a.H * a.D;
+        pick<Dot16>(tiles, rows, direct && a.out_scale)(pv);
+        if (direct) continue;
+        for (int r = 0; r < rows; ++r)
+          for (int64_t n = 0; n < count; n += kTile) {
+            const vf y = load<vf>(unfinished + r * kTiles * kTile + n);
+            const int64_t to = at + r * a.H * a.D + n;
+            if (a.out_scale) store_16((int8_t*)a.out + to, to_code(y * load<vf>(out_inv_scale + n), 0.f), count - n);
+            else store_16((float*)a.out + to, y, count - n);
           }
-        }
       }
     }
   }

@@ -4,60 +4,53 @@
 // panel of one or two weight tiles stays in L1 while all rows of the block pass it.
 constexpr int64_t kBlockBytes = 640 * 1024;  // of rewritten rows: half to two thirds of a 1 to 1.25 MB L2
 
-struct Columns {  // the epilogue's constants for 16 features, `count` of which exist
-  vf w_scale, bias, layer_scale, out_inv_scale;
-  int64_t count;
+// The epilogue's constants for the features of a panel; zeros for those that do not exist.
+struct Columns {
+  alignas(64) float w_scale[kTiles * kTile], bias[kTiles * kTile], layer_scale[kTiles * kTile], out_inv_scale[kTiles * kTile];
 };
 
-INLINE Columns columns(const Epilogue& e, int64_t n, int64_t N) {
-  Columns c = {};
-  c.count = N - n < kTile ? N - n : kTile;
-  c.w_scale = load_16<vf>(e.w_scale + n, c.count);
-  if (e.bias && e.bias_rows <= 1) c.bias = load_16<vf>(e.bias + n, c.count);
-  if (e.layer_scale) c.layer_scale = load_16<vf>(e.layer_scale + n, c.count);
-  if (e.out_scale) c.out_inv_scale = 1.f / (e.out_scale_stride ? load_16<vf>(e.out_scale + n, c.count) : splat(*e.out_scale));
-  return c;
+INLINE void read_columns(float* dst, const float* src, int64_t stride, int64_t n, int64_t count) {
+  if (src == nullptr) return;
+  for (int64_t i = 0; i < kTiles * kTile; i += kTile)
+    store(dst + i, stride == 0 ? splat(*src) : i < count ? load_16<vf>(src + n + i, count - i) : vf{});
+}
+INLINE void invert(float* columns) {
+  for (int i = 0; i < kTiles * kTile; i += kTile) store(columns + i, 1.f / load<vf>(columns + i));
+}
+INLINE void read_columns(Columns& c, const Epilogue& e, int64_t n, int64_t count) {
+  read_columns(c.w_scale, e.w_scale, 1, n, count);
+  if (e.bias_rows <= 1) read_columns(c.bias, e.bias, 1, n, count);
+  read_columns(c.layer_scale, e.layer_scale, 1, n, count);
+  read_columns(c.out_inv_scale, e.out_scale, e.out_scale_stride, n, count);
+  if (e.out_scale) invert(c.out_inv_scale);
 }
 
-// One row of one tile. kFull: all 16 features exist.
-template <class Acc, Activation A, bool kCodes, bool kFull>
-INLINE void epilogue_row(const Epilogue& e, const Columns& c, const Acc* acc, int64_t m, int64_t n) {
-  const int64_t count = kFull ? kTile : c.count;
-  vf y;
-  if constexpr (std::is_same<Acc, int32_t>::value) y = to_float(load<vi>(acc));
-  else y = load<vf>(acc);
-  y = y * ((e.x_scale ? e.x_scale[m * e.x_scale_stride] : 1.f) * c.w_scale);
-  if (e.bias_rows > 1) {
-    y = y + load_16<vf>(e.bias + (m % e.bias_rows) * e.bias_stride + n, count);
-  } else if (e.bias) {
-    y = y + c.bias;
-  }
-  if constexpr (A == Activation::gelu) y = gelu(y);
-  if constexpr (A == Activation::gelu_tanh) y = gelu_tanh(y);
-  if constexpr (A == Activation::quick_gelu) y = quick_gelu(y);
-  if (e.layer_scale) y = y * c.layer_scale;
-  if (e.residual) y = y + load_16<vf>(e.residual + m * e.residual_stride + n, count);
-  if constexpr (kCodes) store_16((int8_t*)e.out + m * e.out_stride + n, to_code(y * c.out_inv_scale, (float)e.out_zero_point), count);
-  else store_16((float*)e.out + m * e.out_stride + n, y, count);
-}
-
-template <class Acc, Activation A, bool kCodes>
-void epilogue_rows(const Epilogue& epilogue, const Columns& columns, const Acc* acc, int64_t acc_stride, int64_t m, int rows, int64_t n) {
+// What a tile cannot do in registers: an activation, or fewer features than it has columns. y (rows, kTiles * 16) holds
+// everything up to the bias.
+template <Activation A>
+void finish(const Epilogue& epilogue, const Columns& c, const float* y, int64_t m, int rows, int64_t n, int64_t count) {
   const Epilogue e = epilogue;  // a copy: the codes written are bytes, which may alias the original
-  const Columns c = columns;
-  if (c.count == kTile)
-    for (int r = 0; r < rows; ++r) epilogue_row<Acc, A, kCodes, true>(e, c, acc + r * acc_stride, m + r, n);
-  else
-    for (int r = 0; r < rows; ++r) epilogue_row<Acc, A, kCodes, false>(e, c, acc + r * acc_stride, m + r, n);
+  for (int64_t i = 0; i < count; i += kTile)
+    for (int r = 0; r < rows; ++r) {
+      vf x = load<vf>(y + r * kTiles * kTile + i);
+      if constexpr (A == Activation::gelu) x = gelu(x);
+      if constexpr (A == Activation::gelu_tanh) x = gelu_tanh(x);
+      if constexpr (A == Activation::quick_gelu) x = quick_gelu(x);
+      if (e.layer_scale) x = x * load<vf>(c.layer_scale + i);
+      if (e.residual) x = x + load_16<vf>(e.residual + (m + r) * e.residual_stride + n + i, count - i);
+      const int64_t at = (m + r) * e.out_stride + n + i;
+      if (e.out_scale) store_16((int8_t*)e.out + at, to_code(x * load<vf>(c.out_inv_scale + i), (float)e.out_zero_point), count - i);
+      else store_16((float*)e.out + at, x, count - i);
+    }
 }
 
-template <class Acc> using EpilogueFn = void (*)(const Epilogue&, const Columns&, const Acc*, int64_t, int64_t, int, int64_t);
-template <class Acc, bool kCodes> EpilogueFn<Acc> pick_epilogue(Activation a) {
+using FinishFn = void (*)(const Epilogue&, const Columns&, const float*, int64_t, int, int64_t, int64_t);
+inline FinishFn pick_finish(Activation a) {
   switch (a) {
-    case Activation::gelu: return epilogue_rows<Acc, Activation::gelu, kCodes>;
-    case Activation::gelu_tanh: return epilogue_rows<Acc, Activation::gelu_tanh, kCodes>;
-    case Activation::quick_gelu: return epilogue_rows<Acc, Activation::quick_gelu, kCodes>;
-    default: return epilogue_rows<Acc, Activation::none, kCodes>;
+    case Activation::gelu: return finish<Activation::gelu>;
+    case Activation::gelu_tanh: return finish<Activation::gelu_tanh>;
+    case Activation::quick_gelu: return finish<Activation::quick_gelu>;
+    default: return finish<Activation::none>;
   }
 }
 
@@ -112,9 +105,12 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
   uint8_t* const rows = (uint8_t*)scratch(block * x_stride + 64, 0);
   const int64_t panel_stride = padded * kSize * kTile;
   uint8_t* const panel = kSize > 1 ? (uint8_t*)scratch(kTiles * panel_stride + 64, 1) : nullptr;
-  const EpilogueFn<Acc> epilogue = g.epilogue.out_scale ? pick_epilogue<Acc, true>(g.epilogue.activation)
-                                                        : pick_epilogue<Acc, false>(g.epilogue.activation);
-  alignas(64) Acc acc[kRows * kTiles * kTile], init[kTiles * kTile];
+  const Epilogue& e = g.epilogue;
+  const FinishFn finish = pick_finish(e.activation);
+  alignas(64) Acc init[kTiles * kTile];
+  alignas(64) float unfinished[kRows * kTiles * kTile], bias_rows[kRows * kTiles * kTile];
+  const float one = 1;
+  Columns c;
 
   for (int64_t m0 = row_begin; m0 < row_end; m0 += block) {
     const int64_t m1 = m0 + block < row_end ? m0 + block : row_end;
@@ -129,10 +125,12 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
     }
     for (int64_t t = tile_begin; t < tile_end; t += kTiles) {
       const int tiles = tile_end - t < kTiles ? 1 : kTiles;
+      const int64_t n = t * kTile, count = g.N - n < tiles * kTile ? g.N - n : tiles * kTile;
+      const bool direct = e.activation == Activation::none && count == tiles * kTile;
+      const bool codes = direct && e.out_scale;
       const uint8_t* w = g.w_packed + t * w_tile;
-      Columns cols[kTiles];
+      read_columns(c, e, n, count);
       for (int i = 0; i < tiles; ++i) {
-        cols[i] = columns(g.epilogue, (t + i) * kTile, g.N);
         const uint8_t* tile_start = w + i * w_tile;
         if constexpr (kOperand == Operand::floats) {
           store(init + i * kTile, vf{});
@@ -143,14 +141,42 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
           if constexpr (kOperand == Operand::words) widen16(tile_start + 64, panel + i * panel_stride, padded / 4);
         }
       }
-      const uint8_t* b = kSize > 1 ? panel : w + 64;
-      const int64_t b_stride = kSize > 1 ? panel_stride : w_tile;
-      for (int64_t m = m0; m < m1; m += kRows) {
-        const int n_rows = m1 - m < kRows ? (int)(m1 - m) : kRows;
-        const auto fn = tiles == kTiles ? pick<Dot, kTiles>(n_rows) : pick<Dot, 1>(n_rows);
-        fn(rows + (m - m0) * x_stride, x_stride, b, b_stride, groups, init, acc, tiles * kTile);
-        for (int i = 0; i < tiles; ++i)
-          epilogue(g.epilogue, cols[i], acc + i * kTile, tiles * kTile, m, n_rows, (t + i) * kTile);
+      Tile args = {};
+      args.a_stride = x_stride;
+      args.b = kSize > 1 ? panel : w + 64;
+      args.b_stride = kSize > 1 ? panel_stride : w_tile;
+      args.groups = groups;
+      args.init = init;
+      args.x_scale_stride = e.x_scale ? e.x_scale_stride : 0;
+      args.w_scale = c.w_scale;
+      args.layer_scale = direct && e.layer_scale ? c.layer_scale : nullptr;
+      args.residual_stride = e.residual_stride;
+      args.out_inv_scale = c.out_inv_scale;
+      args.out_zero_point = (float)e.out_zero_point;
+      args.out_stride = direct ? e.out_stride : kTiles * kTile;
+      int64_t n_rows;
+      for (int64_t m = m0; m < m1; m += n_rows) {
+        n_rows = m1 - m < kRows ? m1 - m : kRows;
+        args.a = rows + (m - m0) * x_stride;
+        args.x_scale = e.x_scale ? e.x_scale + m * e.x_scale_stride : &one;
+        args.bias = e.bias ? c.bias : nullptr;
+        if (e.bias_rows > 1) {  // a bias per row: the tile ends where they start anew
+          const int64_t row = m % e.bias_rows;
+          if (n_rows > e.bias_rows - row) n_rows = e.bias_rows - row;
+          args.bias = e.bias + row * e.bias_stride + n, args.bias_stride = e.bias_stride;
+          if (count < tiles * kTile) {
+            for (int r = 0; r < n_rows; ++r) read_columns(bias_rows + r * kTiles * kTile, args.bias + r * e.bias_stride, 1, 0, count);
+            args.bias = bias_rows, args.bias_stride = kTiles * kTile;
+          }
+        }
+        args.residual = direct && e.residual ? e.residual + m * e.residual_stride + n : nullptr;
+        args.out = unfinished;
+        if (direct) args.out = codes ? (void*)((int8_t*)e.out + m * e.out_stride + n) : (float*)e.out + m * e.out_stride + n;
+        // The first row tiles bring the next panel into L2, a tile of it each.
+        const int64_t ahead = t + kTiles + (m - m0) / kRows;
+        args.next = (m - m0) / kRows < kTiles && ahead < tile_end ? g.w_packed + ahead * w_tile : args.b;
+        pick<Dot>(tiles, (int)n_rows, codes)(args);
+        if (!direct) finish(e, c, unfinished, m, (int)n_rows, n, count);
       }
     }
   }

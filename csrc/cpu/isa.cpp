@@ -57,7 +57,7 @@ const char* select_isa(const char* name) {
 }
 
 void* scratch(size_t bytes, int slot) {
-  static thread_local Buffer buffers[2];
+  static thread_local Buffer buffers[4];
   Buffer& b = buffers[slot];
   if (b.bytes < bytes) {
     std::free(b.data);

@@ -85,6 +85,7 @@ struct Kernels {
   void (*weight_only_linear)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end);
   void (*quantize)(const Rows&, int64_t row_begin, int64_t row_end);
   void (*norm_quant)(const Rows&, int64_t row_begin, int64_t row_end);
+  void (*activate_quantize)(const Rows&, Activation, int64_t row_begin, int64_t row_end);  // dynamic only
   // Items are (b * H + h) * q_blocks + block; a block is a run of queries.
   void (*quant_attention)(const Attention&, int64_t q_blocks, int64_t item_begin, int64_t item_end);
 };
@@ -92,6 +93,7 @@ struct Kernels {
 extern const Kernels kAvx512, kAvx2, kPortable;
 const Kernels& kernels();
 const char* select_isa(const char* name);  // "best", "avx512_vnni", "avx2", "portable"; null when this CPU lacks it
-void* scratch(size_t bytes, int slot);  // this thread's buffer, 64-byte aligned, kept between calls
+// This thread's buffer, 64-byte aligned, kept between calls. Slots 0 and 1 are the kernels', 2 and 3 their callers'.
+void* scratch(size_t bytes, int slot);
 
 }  // namespace pyvit_accel

@@ -1,10 +1,8 @@
 // quant_attention: int8 q, k, v (B, H, N, D), any strides over contiguous D, to (B, Nq, H * D) float32 or int8 codes.
-#include <ATen/Parallel.h>
-
 #include <optional>
 
 #include "../checks.h"
-#include "kernels.h"
+#include "attention_op.h"
 
 namespace pyvit_accel {
 namespace {
@@ -39,18 +37,14 @@ at::Tensor quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const
   a.q = q.const_data_ptr<int8_t>(), a.k = k.const_data_ptr<int8_t>(), a.v = v.const_data_ptr<int8_t>();
   for (int i = 0; i < 3; ++i) a.q_stride[i] = q.stride(i), a.k_stride[i] = k.stride(i), a.v_stride[i] = v.stride(i);
   a.softmax_scale = (float)softmax_scale;
-  a.p_max = Nk ? std::min<int64_t>(32767, 2147483647 / (128 * Nk)) : 0;
+  a.p_max = largest_code(Nk);
   a.H = H, a.Nq = Nq, a.Nk = Nk, a.D = D;
   a.out_scale = out_scale ? out_scale->const_data_ptr<float>() : nullptr;
   a.out_scale_stride = out_scale ? out_scale->numel() > 1 : 0;
   a.out = out.data_ptr();
   if (out.numel() == 0) return out;
   if (Nk == 0) return out.zero_();
-  // Heads are divided first; where they do not fill the threads evenly, each head's queries are divided too.
-  const int64_t threads = at::get_num_threads(), heads = B * H;
-  int64_t q_blocks = 1;
-  while (heads * q_blocks % threads && heads * q_blocks < 4 * threads && q_blocks * 24 < Nq) ++q_blocks;
-  at::parallel_for(0, heads * q_blocks, 1, [&](int64_t begin, int64_t end) { kernels().quant_attention(a, q_blocks, begin, end); });
+  parallel_attention(a, B);
   return out;
 }
 

@@ -76,3 +76,47 @@ void norm_quant(const Rows& p, int64_t row_begin, int64_t row_end) {
   float* y = p.scale ? nullptr : (float*)scratch(round_up(p.K, 16) * sizeof(float), 0);
   for (int64_t m = row_begin; m < row_end; ++m) quantize_row<true>(p, m, y);
 }
+
+// Codes of activation(x), one scale per row: a GELU's largest output comes from its largest input, so the scale is known
+// before the outputs are. Rounding may make another output larger by an ulp, and negative rows have no such order: then
+// the row is written again with the scale it should have had.
+template <Activation A>
+INLINE void activate_quantize_row(const Rows& p, int64_t m) {
+  const float* x = (const float*)p.x + m * p.x_stride;
+  const int64_t K = p.K;
+  const float minimum = p.has_minimum ? p.minimum : 0.f;
+  const auto value = [&](vf v) {
+    if constexpr (A == Activation::gelu) v = gelu(v);
+    if constexpr (A == Activation::gelu_tanh) v = gelu_tanh(v);
+    if constexpr (A == Activation::quick_gelu) v = quick_gelu(v);
+    return p.has_minimum ? v - minimum : v;
+  };
+  const auto size = [&](vf v) { return p.has_minimum ? v : vabs(v); };
+  vf top = splat(x[0]);
+  for (int64_t k = 0; k < K; k += 16) top = vmax(top, load_16_or(x + k, K - k, x[0]));
+  float peak = hmax(size(value(splat(hmax(top)))));
+  for (int pass = 0; pass < 2; ++pass) {
+    float scale = peak / (p.has_minimum ? 255.f : 127.f);
+    if (!(scale > 1e-30f)) scale = 1e-30f;
+    p.out_scale[m] = scale;
+    const float inv = 1.f / scale, zero_point = p.has_minimum ? -128.f : 0.f;
+    int8_t* out = p.out + m * K;
+    vf seen = {};
+    for (int64_t k = 0; k < K; k += 16) {
+      const vf v = value(load_16_or(x + k, K - k, x[0]));
+      seen = vmax(seen, size(v));
+      store_16(out + k, to_code(v * inv, zero_point), K - k);
+    }
+    const float found = hmax(seen);
+    if (found == peak) break;
+    peak = found;
+  }
+}
+void activate_quantize(const Rows& p, Activation activation, int64_t row_begin, int64_t row_end) {
+  for (int64_t m = row_begin; m < row_end; ++m) switch (activation) {
+    case Activation::none: activate_quantize_row<Activation::none>(p, m); break;
+    case Activation::gelu: activate_quantize_row<Activation::gelu>(p, m); break;
+    case Activation::gelu_tanh: activate_quantize_row<Activation::gelu_tanh>(p, m); break;
+    case Activation::quick_gelu: activate_quantize_row<Activation::quick_gelu>(p, m); break;
+  }
+}

@@ -34,15 +34,36 @@ OPERATOR(vi, int32_t, &) OPERATOR(vi, int32_t, |) OPERATOR(vi, int32_t, ^)
 INLINE vf operator-(vf a) { EACH a.v[i] = -a.v[i]; return a; }
 INLINE vi operator<<(vi a, int n) { EACH a.v[i] = a.v[i] << n; return a; }
 INLINE vi operator>>(vi a, int n) { EACH a.v[i] = a.v[i] >> n; return a; }
-INLINE vf vmin(vf a, vf b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+// min(a, b) is a < b ? a : b, max(a, b) is a > b ? a : b: the second operand where one is NaN, on every instruction set.
+#if defined(USE_AVX512_VNNI)
+INLINE rf rmin(rf a, rf b) { return (rf)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE rf rmax(rf a, rf b) { return (rf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE ri rround(rf x) { return (ri)_mm512_cvtps_epi32((__m512)x); }
+#elif defined(USE_AVX2)
+INLINE rf rmin(rf a, rf b) { return (rf)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE rf rmax(rf a, rf b) { return (rf)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE ri rround(rf x) { return (ri)_mm256_cvtps_epi32((__m256)x); }
+#elif defined(__SSE2__)
+INLINE rf rmin(rf a, rf b) { return (rf)_mm_min_ps((__m128)a, (__m128)b); }
+INLINE rf rmax(rf a, rf b) { return (rf)_mm_max_ps((__m128)a, (__m128)b); }
+INLINE ri rround(rf x) { return (ri)_mm_cvtps_epi32((__m128)x); }
+#else
+INLINE rf rmin(rf a, rf b) { return a < b ? a : b; }
+INLINE rf rmax(rf a, rf b) { return a > b ? a : b; }
+INLINE ri rround(rf x) {
+  const rf magic = 12582912.f - rf{};  // 1.5 * 2^23: the sum has no fraction bits (and is not folded away: no -ffast-math)
+  return __builtin_convertvector((x + magic) - magic, ri);
+}
+#endif
+INLINE vf vmin(vf a, vf b) { EACH a.v[i] = rmin(a.v[i], b.v[i]); return a; }
 INLINE vf vmin(vf a, float b) { return vmin(a, splat(b)); }
-INLINE vf vmax(vf a, vf b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+INLINE vf vmax(vf a, vf b) { EACH a.v[i] = rmax(a.v[i], b.v[i]); return a; }
 INLINE vf vmax(vf a, float b) { return vmax(a, splat(b)); }
 INLINE vi bits(vf x) { vi y; EACH y.v[i] = (ri)x.v[i]; return y; }
 INLINE vf from_bits(vi x) { vf y; EACH y.v[i] = (rf)x.v[i]; return y; }
 INLINE vf vabs(vf x) { return from_bits(bits(x) & 0x7fffffff); }
 INLINE vf to_float(vi x) { vf y; EACH y.v[i] = __builtin_convertvector(x.v[i], rf); return y; }
-INLINE vi to_int(vf x) { vi y; EACH y.v[i] = __builtin_convertvector(x.v[i], ri); return y; }
+INLINE vi to_int(vf x) { vi y; EACH y.v[i] = rround(x.v[i]); return y; }  // half to even, |x| < 2^22
 
 // Register by register: a memcpy of 64 bytes may be made of smaller moves, which a register then waits for.
 template <class V, class T> INLINE V load(const T* p) {
@@ -69,6 +90,12 @@ template <class V, class T> INLINE V load_n(const T* p, int64_t n) {  // the fir
 template <class V, class T> INLINE void store_n(T* p, V x, int64_t n) { __builtin_memcpy(p, x.v, n * sizeof *p); }
 // Sixteen lanes, or the n < 16 that a tail has: a memcpy of run-time length is a call, which full vectors do not pay for.
 template <class V, class T> INLINE V load_16(const T* p, int64_t n) { return n >= 16 ? load<V>(p) : load_n<V>(p, n); }
+INLINE vf load_16_or(const float* p, int64_t n, float other) {  // the lanes beyond n hold `other`
+  if (n >= 16) return load<vf>(p);
+  vf x = splat(other);
+  __builtin_memcpy(x.v, p, n * sizeof *p);
+  return x;
+}
 template <class V, class T> INLINE void store_16(T* p, V x, int64_t n) { n >= 16 ? store(p, x) : store_n(p, x, n); }
 
 // Between int32 lanes that hold small values and bytes or words, and from float to double.
@@ -125,32 +152,34 @@ INLINE rd low_double(rf x) { return rd{x[0], x[1]}; }
 INLINE rd high_double(rf x) { return rd{x[2], x[3]}; }
 #endif
 
-// Half to even for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. (The sum is not folded away: no -ffast-math.)
-INLINE vf rint_small(vf x) { const vf magic = splat(12582912.f); return (x + magic) - magic; }
-
+#if defined(USE_AVX512_VNNI)
+INLINE float hmax(vf x) { return _mm512_reduce_max_ps((__m512)x.v[0]); }
+INLINE int32_t hsum(vi x) { return _mm512_reduce_add_epi32((__m512i)x.v[0]); }
+#else
 INLINE float hmax(vf x) {
-  float lanes[16], m;
-  store(lanes, x);
-  m = lanes[0];
-  for (int i = 1; i < 16; ++i) m = lanes[i] > m ? lanes[i] : m;
+  for (int i = 1; i < kParts; ++i) x.v[0] = rmax(x.v[0], x.v[i]);
+  float m = x.v[0][0];
+  for (unsigned i = 1; i < sizeof(rf) / 4; ++i) m = x.v[0][i] > m ? x.v[0][i] : m;
   return m;
 }
 INLINE int32_t hsum(vi x) {
-  int32_t lanes[16], s = 0;
-  store(lanes, x);
-  for (int i = 0; i < 16; ++i) s += lanes[i];
+  for (int i = 1; i < kParts; ++i) x.v[0] += x.v[i];
+  int32_t s = 0;
+  for (unsigned i = 0; i < sizeof(ri) / 4; ++i) s += x.v[0][i];
   return s;
 }
+#endif
 
 // 2^t for |t| <= 100, 2e-7 relative: the polynomial of reference/scalar.py, in its order.
 INLINE vf exp2_small(vf t) {
-  const vf n = rint_small(t), f = t - n;
+  const vi n = to_int(t);
+  const vf f = t - to_float(n);
   vf p = f * 0.00132647261f + 0.00967151299f;
   p = p * f + 0.0555073358f;
   p = p * f + 0.240222424f;
   p = p * f + 0.693147004f;
   p = p * f + 1.0f;
-  return from_bits(bits(p) + (to_int(n) << 23));
+  return from_bits(bits(p) + (n << 23));
 }
 INLINE vf sigmoid2(vf t) {  // 1 / (1 + 2^-t)
   return 1.0f / (1.0f + exp2_small(vmin(vmax(-t, -100.f), 100.f)));
@@ -174,7 +203,7 @@ INLINE vf gelu_tanh(vf x) {  // 2 log2(e) sqrt(2 / pi) = 2.30220819
 }
 INLINE vf quick_gelu(vf x) { return x * sigmoid2(x * 2.45546696f); }  // 1.702 log2(e)
 
-INLINE vb to_code(vf y, float zero_point) {  // clip before rounding: the same integer, and rint_small stays in range
+INLINE vb to_code(vf y, float zero_point) {  // clip before rounding: the same integer, and to_int stays in range
   y = vmin(vmax(y, -128.f - zero_point), 127.f - zero_point);
-  return to_bytes(to_int(rint_small(y) + zero_point));
+  return to_bytes(to_int(y) + (int32_t)zero_point);
 }

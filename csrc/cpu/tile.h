@@ -1,5 +1,6 @@
-// The inner product of MR rows with NV tiles of 16 columns. A group is one dword of a row: 4 int8, 2 int16 or 1 float;
-// the row's dword is broadcast against 16 columns' dwords, 64 bytes that lie together.
+// The inner product of MR rows with NV tiles of 16 columns, and the linear part of what follows it, without leaving the
+// registers. A group is one dword of a row: 4 int8, 2 int16 or 1 float; the row's dword is broadcast against 16 columns'
+// dwords, 64 bytes that lie together.
 //   dot8   unsigned x signed bytes (AVX512-VNNI only: vpdpbusd)
 //   dot16  signed 16-bit pairs (vpdpwssd, vpmaddwd + vpaddd, pmaddwd + paddd, or plain C)
 //   dotf   float
@@ -65,58 +66,93 @@ struct DotF {
   static INLINE r dot(r c, r a, r b) { return dotf(c, a, b); }
 };
 
-// a: MR rows of `groups` dwords, a_stride bytes apart. b: NV tiles, b_stride bytes apart, 64 bytes a group.
-// init: NV x 16 starting values, or null for zero. c: MR rows of NV * 16, c_stride elements apart.
-template <class Dot, int MR, int NV>
-INLINE void tile(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int64_t groups,
-                 const typename Dot::acc* init, typename Dot::acc* c, int64_t c_stride) {
+// y = acc * (x_scale * w_scale), + bias, * layer_scale, + residual, then floats or codes of y * out_inv_scale.
+// Row pointers advance by their stride; column pointers hold NV * 16 values. Null: the step is left out.
+struct Tile {
+  const uint8_t* a;
+  int64_t a_stride;  // bytes between rows
+  const uint8_t* b;
+  int64_t b_stride;  // bytes between tiles
+  int64_t groups;
+  const void* init;  // where the sums start, NV * 16 values
+  const uint8_t* next;  // memory to bring into L2 meanwhile, 64 bytes a group; any readable address if there is none
+  const float* x_scale;
+  int64_t x_scale_stride;
+  const float* w_scale;
+  const float* bias;
+  int64_t bias_stride;  // elements between rows, 0 for one bias
+  const float* layer_scale;
+  const float* residual;
+  int64_t residual_stride;
+  const float* out_inv_scale;
+  float out_zero_point;
+  void* out;
+  int64_t out_stride;
+};
+
+INLINE vf sums(const ri* acc) { vi x; EACH x.v[i] = acc[i]; return to_float(x); }
+INLINE vf sums(const rf* acc) { vf x; EACH x.v[i] = acc[i]; return x; }
+
+template <class Dot, int MR, int NV, bool kCodes>
+__attribute__((noinline)) void tile(const Tile& args) {
+  const Tile t = args;  // a copy: the codes written are bytes, which may alias anything
   typedef typename Dot::r R;
+  typedef typename std::conditional<std::is_same<typename Dot::acc, float>::value, rf, ri>::type S;
   constexpr int W = 64 / sizeof(R), L = NV * W;  // registers per tile, per row
   R acc[MR][L];
 #pragma GCC unroll 8
   for (int l = 0; l < L; ++l) {
     R start = {};
-    if (init) __builtin_memcpy(&start, (const char*)init + l * sizeof(R), sizeof(R));
+    if (t.init) __builtin_memcpy(&start, (const char*)t.init + l * sizeof(R), sizeof(R));
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) acc[r][l] = start;
   }
   // Rows are reached as base + {0, 1, 2} strides: four pointers serve twelve rows.
-  const uint8_t* base[(MR + 2) / 3];
+  const uint8_t *base[(MR + 2) / 3], *b = t.b, *next = t.next;
 #pragma GCC unroll 8
-  for (int i = 0; i < (MR + 2) / 3; ++i) base[i] = a + 3 * i * a_stride;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int i = 0; i < (MR + 2) / 3; ++i) base[i] = t.a + 3 * i * t.a_stride;
+  for (int64_t g = 0; g < t.groups; ++g) {
     R w[L];
 #pragma GCC unroll 8
-    for (int l = 0; l < L; ++l) __builtin_memcpy(&w[l], b + (l / W) * b_stride + (l % W) * sizeof(R), sizeof(R));
-    b += 64;
+    for (int l = 0; l < L; ++l) __builtin_memcpy(&w[l], b + (l / W) * t.b_stride + (l % W) * sizeof(R), sizeof(R));
+    __builtin_prefetch(next, 0, 2);
+    b += 64, next += 64;
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
-      const R x = Dot::bcast(base[r / 3] + (r % 3) * a_stride);
+      const R x = Dot::bcast(base[r / 3] + (r % 3) * t.a_stride);
 #pragma GCC unroll 8
       for (int l = 0; l < L; ++l) acc[r][l] = Dot::dot(acc[r][l], x, w[l]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < (MR + 2) / 3; ++i) base[i] += 4;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
-    for (int l = 0; l < L; ++l) __builtin_memcpy((char*)(c + r * c_stride) + l * sizeof(R), &acc[r][l], sizeof(R));
+  vf y[MR][NV];
+#define EVERY _Pragma("GCC unroll 16") for (int r = 0; r < MR; ++r) _Pragma("GCC unroll 2") for (int v = 0; v < NV; ++v)
+  EVERY y[r][v] = sums((const S*)&acc[r][v * W]) * (t.x_scale[r * t.x_scale_stride] * load<vf>(t.w_scale + 16 * v));
+  if (t.bias) EVERY y[r][v] = y[r][v] + load<vf>(t.bias + r * t.bias_stride + 16 * v);
+  if (t.layer_scale) EVERY y[r][v] = y[r][v] * load<vf>(t.layer_scale + 16 * v);
+  if (t.residual) EVERY y[r][v] = y[r][v] + load<vf>(t.residual + r * t.residual_stride + 16 * v);
+  if constexpr (kCodes) {
+    EVERY store((int8_t*)t.out + r * t.out_stride + 16 * v,
+                to_code(y[r][v] * load<vf>(t.out_inv_scale + 16 * v), t.out_zero_point));
+  } else {
+    EVERY store((float*)t.out + r * t.out_stride + 16 * v, y[r][v]);
+  }
+#undef EVERY
 }
 
-template <class Dot, int NV>
-using TileFn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, const typename Dot::acc*,
-                        typename Dot::acc*, int64_t);
-template <class Dot, int MR, int NV>
-__attribute__((noinline)) void tile_fn(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride,
-                                       int64_t groups, const typename Dot::acc* init, typename Dot::acc* c,
-                                       int64_t c_stride) {
-  tile<Dot, MR, NV>(a, a_stride, b, b_stride, groups, init, c, c_stride);
-}
-// The kernel for `rows` rows, 1..kRows.
-template <class Dot, int NV, int MR = kRows>
-INLINE TileFn<Dot, NV> pick(int rows) {
+// The kernel for 1..kRows rows and 1 or kTiles tiles.
+using TileFn = void (*)(const Tile&);
+template <class Dot, int NV, bool kCodes, int MR = kRows>
+INLINE TileFn tile_of(int rows) {
   if constexpr (MR > 1)
-    if (rows < MR) return pick<Dot, NV, MR - 1>(rows);
-  return tile_fn<Dot, MR, NV>;
+    if (rows < MR) return tile_of<Dot, NV, kCodes, MR - 1>(rows);
+  return tile<Dot, MR, NV, kCodes>;
+}
+
+template <class Dot>
+INLINE TileFn pick(int tiles, int rows, bool codes) {
+  if constexpr (!std::is_same<Dot, DotF>::value)
+    if (codes) return tiles == kTiles ? tile_of<Dot, kTiles, true>(rows) : tile_of<Dot, 1, true>(rows);
+  return tiles == kTiles ? tile_of<Dot, kTiles, false>(rows) : tile_of<Dot, 1, false>(rows);
 }

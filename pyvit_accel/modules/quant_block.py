@@ -36,11 +36,40 @@ class QuantBlock(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         dtype, x = x.dtype, x.float()
         norm, attention, mlp = self.norm1, self.attention, self.mlp
+        if attn_mask is None and self.fusable:
+            return self._fused(x, x.shape[1]).to(dtype)
         codes, scale = ops.norm_quant(x, norm.weight, norm.bias, attention.qkv.x_scale, norm.eps)
         x = attention.attend(codes, scale, attn_mask, layer_scale=self.layer_scale1, residual=x)
         norm = self.norm2
         codes, scale = ops.norm_quant(x, norm.weight, norm.bias, mlp.fc1.x_scale, norm.eps)
         return mlp.apply_codes(codes, scale, layer_scale=self.layer_scale2, residual=x).to(dtype)
+
+    def first_tokens(self, x: Tensor, tokens: int) -> Tensor:
+        """forward(x)[:, :tokens], without computing the others: (B, tokens, C)."""
+        if self.fusable:
+            return self._fused(x.float(), tokens).to(x.dtype)
+        return self(x)[:, :tokens]
+
+    @property
+    def fusable(self) -> bool:
+        """Whether ops.quant_block can stand for the block when there is no mask."""
+        attention = self.attention
+        return attention.q_norm is None and attention.k_norm is None and attention.proj.x_scale is None
+
+    def _fused(self, x: Tensor, tokens: int) -> Tensor:
+        norm1, attention, norm2, mlp = self.norm1, self.attention, self.norm2, self.mlp
+        qkv, proj, fc1, fc2 = attention.qkv, attention.proj, mlp.fc1, mlp.fc2
+        return ops.quant_block(
+            x,
+            *(norm1.weight, norm1.bias, norm1.eps),
+            *(qkv.x_scale, qkv.w_packed, qkv.w_scale, qkv.bias),
+            *(attention.num_heads, attention.scale, attention.head_scale),
+            *(proj.w_packed, proj.w_scale, proj.bias, self.layer_scale1),
+            *(norm2.weight, norm2.bias, norm2.eps),
+            *(fc1.x_scale, fc1.w_packed, fc1.w_scale, fc1.bias, mlp.activation),
+            *(fc2.x_scale, fc2.x_zero_point, fc2.x_minimum, fc2.w_packed, fc2.w_scale, fc2.bias, self.layer_scale2),
+            tokens,
+        )
 
     def config(self) -> dict:
         return {

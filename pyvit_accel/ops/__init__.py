@@ -4,10 +4,19 @@ from . import _library
 from .lowbit_linear import lowbit_linear
 from .norm_quant import norm_quant
 from .quant_attention import quant_attention
+from .quant_block import quant_block
 from .quant_patch_embed import quant_patch_embed
 from .quantize import quantize
 from .weight_only_linear import weight_only_linear
 
 _library.finish()
 
-__all__ = ["lowbit_linear", "norm_quant", "quant_attention", "quant_patch_embed", "quantize", "weight_only_linear"]
+__all__ = [
+    "lowbit_linear",
+    "norm_quant",
+    "quant_attention",
+    "quant_block",
+    "quant_patch_embed",
+    "quantize",
+    "weight_only_linear",
+]

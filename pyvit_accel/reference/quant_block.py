@@ -1,0 +1,115 @@
+"""A pre-norm transformer block: what follows from the other ops, run one after the other.
+
+    codes = norm_quant(x);        q, k, v = quantize(qkv(codes)) per head;  a = quant_attention(q, k, v)
+    y     = x + layer_scale1 proj(quantize(a))
+    codes = norm_quant(y);        h = quantize(activation(fc1(codes)))
+    out   = y + layer_scale2 fc2(h)
+
+x            (B, N, C)   float32
+*_x_scale    (1,) | (K,) | None   of the codes a matmul reads: static, contained in the weights when (K,); None: per row
+head_scale   (3, H, 1) | None     of q, k, v; None: one per token and head
+tokens       only the first `tokens` of every image are wanted: queries, projection and MLP leave the others out
+returns      (B, tokens, C)  float32
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lowbit_linear import lowbit_linear
+from .norm_quant import norm_quant, norm_quant_dynamic
+from .quant_attention import quant_attention
+from .quantize import quantize_dynamic
+
+REFERENCE = SimpleNamespace(
+    lowbit_linear=lowbit_linear,
+    norm_quant=norm_quant,
+    norm_quant_dynamic=norm_quant_dynamic,
+    quant_attention=quant_attention,
+    quantize_dynamic=quantize_dynamic,
+)
+
+
+def quant_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm1_eps: float,
+    qkv_x_scale: Tensor | None,
+    qkv_w: Tensor,
+    qkv_w_scale: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    softmax_scale: float,
+    head_scale: Tensor | None,
+    proj_w: Tensor,
+    proj_w_scale: Tensor,
+    proj_bias: Tensor | None,
+    layer_scale1: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    norm2_eps: float,
+    fc1_x_scale: Tensor | None,
+    fc1_w: Tensor,
+    fc1_w_scale: Tensor,
+    fc1_bias: Tensor | None,
+    activation: str,
+    fc2_x_scale: Tensor | None,
+    fc2_x_zero_point: int,
+    fc2_x_minimum: float | None,
+    fc2_w: Tensor,
+    fc2_w_scale: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale2: Tensor | None,
+    tokens: int,
+    ops: Any = REFERENCE,
+) -> Tensor:
+    """ops: where the steps come from, the references or torch.ops.pyvit_accel."""
+    B, N, C = x.shape
+    H = num_heads
+    inner = qkv_w_scale.shape[0] // 3
+    D = inner // H
+
+    def norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        if scale is None:
+            return ops.norm_quant_dynamic(rows, weight, bias, eps)
+        return ops.norm_quant(rows, weight, bias, scale, eps), _of_codes(scale)
+
+    codes, scale = norm(x.reshape(-1, C), norm1_weight, norm1_bias, norm1_eps, qkv_x_scale)
+    out_scale = None if head_scale is None else head_scale.expand(3, H, D).reshape(-1)
+    qkv = ops.lowbit_linear(codes, scale, qkv_w, qkv_w_scale, qkv_bias, 0, "none", None, None, out_scale, 0)
+    if head_scale is None:
+        qkv, head_scale = ops.quantize_dynamic(qkv.reshape(-1, D), None)
+        scales = head_scale.view(B, N, 3, H).permute(2, 0, 3, 1)
+    else:
+        scales = head_scale[:, None].expand(3, B, H, N)
+    q, k, v = qkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
+    q_scale, k_scale, v_scale = scales
+    attended = ops.quant_attention(
+        q[:, :, :tokens], k, v, q_scale[:, :, :tokens], k_scale, v_scale, softmax_scale, None, None, None
+    )
+    codes, scale = ops.quantize_dynamic(attended.reshape(-1, inner), None)
+    residual = x[:, :tokens].reshape(-1, C)
+    y = ops.lowbit_linear(codes, scale, proj_w, proj_w_scale, proj_bias, 0, "none", layer_scale1, residual, None, 0)
+
+    codes, scale = norm(y, norm2_weight, norm2_bias, norm2_eps, fc1_x_scale)
+    hidden = ops.lowbit_linear(
+        codes, scale, fc1_w, fc1_w_scale, fc1_bias, 0, activation, None, None, fc2_x_scale, fc2_x_zero_point
+    )
+    if fc2_x_scale is None:
+        hidden, scale = ops.quantize_dynamic(hidden, fc2_x_minimum)
+    else:
+        scale = _of_codes(fc2_x_scale)
+    out = ops.lowbit_linear(
+        hidden, scale, fc2_w, fc2_w_scale, fc2_bias, fc2_x_zero_point, "none", layer_scale2, y, None, 0
+    )
+    return out.view(B, tokens, C)
+
+
+def _of_codes(scale: Tensor) -> Tensor:
+    """The scale a matmul multiplies with: 1 when its weights contain one per channel."""
+    return scale if scale.shape[0] == 1 else torch.ones_like(scale[:1])
