@@ -1,9 +1,10 @@
 # make demo: everything from a fresh clone to a chart. make test: the lint check and all tests.
-# make bench: every op beside its float counterpart.
+# make bench: every op beside its float counterpart. make peers: models beside ONNX Runtime, OpenVINO and torchao.
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS := .venv-peers/bin
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo test bench peers lint install clean
 demo: install
 	$(BIN)/pyvit-accel demo
 
@@ -16,16 +17,22 @@ bench: install
 	$(BIN)/pytest bench -q -o python_files='bench_*.py' -o python_functions='bench_*' \
 	  --benchmark-group-by=func --benchmark-columns=min,median,rounds --benchmark-sort=name
 
+peers: .venv-peers/installed
+	$(PEERS)/pip install -q -c constraints.txt -r bench/requirements-peers.txt
+	mkdir -p demo
+	$(PEERS)/python bench/peers_cpu.py --models vit_tiny_patch16_224,vit_base_patch16_224 --batches 1,8 \
+	  --json demo/peers_cpu.json --chart demo/peers_cpu.png
+
 lint: install
 	$(BIN)/ruff check .
 
 # Without build isolation: the extension is compiled against the torch it will run with.
 install: .venv/installed
-.venv/installed: setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*)
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ninja
-	PYVIT_ACCEL_EXT=cpu $(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[cli,test]"
+.venv/installed .venv-peers/installed: setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -c constraints.txt torch numpy setuptools wheel ninja
+	PYVIT_ACCEL_EXT=cpu $(@D)/bin/pip install -q --no-build-isolation -c constraints.txt -e ".[cli,test]"
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info pyvit_accel/*.so
+	rm -rf .venv .venv-peers build *.egg-info pyvit_accel/*.so
