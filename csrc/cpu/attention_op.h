@@ -7,8 +7,7 @@
 
 namespace pyvit_accel {
 
-// The code of a row's largest probability: the sum of Nk products with int8 values stays in int32.
-inline int64_t largest_code(int64_t Nk) { return Nk ? std::min<int64_t>(32767, 2147483647 / (128 * Nk)) : 0; }
+constexpr int64_t kMaxKeys = 65536;  // 255 * 128 of each, the largest sum of products, is still an int32
 
 // Heads are divided first; where they do not fill the threads evenly, each head's queries are divided too.
 inline void parallel_attention(const Attention& a, int64_t B) {

@@ -154,15 +154,21 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
       args.out_inv_scale = c.out_inv_scale;
       args.out_zero_point = (float)e.out_zero_point;
       args.out_stride = direct ? e.out_stride : kTiles * kTile;
-      int64_t n_rows;
-      for (int64_t m = m0; m < m1; m += n_rows) {
-        n_rows = m1 - m < kRows ? m1 - m : kRows;
+      // Row tiles, as even as they come: a low one starves for weights. Each fetches its share of the panel after this one,
+      // which is in L3 or beyond: 78 to 95 % of peak at 50 rows (Zen 4).
+      const int64_t row_tiles = (m1 - m0 + kRows - 1) / kRows, slice = kTiles * w_tile / row_tiles;
+      const uint8_t* const next = t + kTiles < tile_end ? w + kTiles * w_tile : m1 < row_end ? g.w_packed + tile_begin * w_tile : g.then ? g.then : w;
+      args.next_step = slice / groups;
+      int64_t n_rows, left = row_tiles;
+      for (int64_t m = m0; m < m1; m += n_rows, left -= left > 1) {
+        n_rows = (m1 - m + left - 1) / left;
         args.a = rows + (m - m0) * x_stride;
         args.x_scale = e.x_scale ? e.x_scale + m * e.x_scale_stride : &one;
         args.bias = e.bias ? c.bias : nullptr;
         if (e.bias_rows > 1) {  // a bias per row: the tile ends where they start anew
           const int64_t row = m % e.bias_rows;
           if (n_rows > e.bias_rows - row) n_rows = e.bias_rows - row;
+          if (n_rows > kRows) n_rows = kRows;
           args.bias = e.bias + row * e.bias_stride + n, args.bias_stride = e.bias_stride;
           if (count < tiles * kTile) {
             for (int r = 0; r < n_rows; ++r) read_columns(bias_rows + r * kTiles * kTile, args.bias + r * e.bias_stride, 1, 0, count);
@@ -172,9 +178,7 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
         args.residual = direct && e.residual ? e.residual + m * e.residual_stride + n : nullptr;
         args.out = unfinished;
         if (direct) args.out = codes ? (void*)((int8_t*)e.out + m * e.out_stride + n) : (float*)e.out + m * e.out_stride + n;
-        // The first row tiles bring the next panel into L2, a tile of it each.
-        const int64_t ahead = t + kTiles + (m - m0) / kRows;
-        args.next = (m - m0) / kRows < kTiles && ahead < tile_end ? g.w_packed + ahead * w_tile : args.b;
+        args.next = next + (row_tiles - left) * slice;
         pick<Dot>(tiles, (int)n_rows, codes)(args);
         if (!direct) finish(e, c, unfinished, m, (int)n_rows, n, count);
       }

@@ -43,6 +43,7 @@ struct Gemm {
   int64_t x_zero_point;
   const uint8_t* w_packed;
   int64_t M, N, K;
+  const uint8_t* then;  // what is read after this product, to be fetched at its end; may be null
   Epilogue epilogue;
 };
 
@@ -72,7 +73,6 @@ struct Attention {
   const float* key_bias;  // (B, Nk), or null
   int64_t key_bias_stride[2];
   float softmax_scale;
-  int64_t p_max;  // the code of the row's largest probability
   int64_t H, Nq, Nk, D;
   const float* out_scale;  // null: float32 out
   int64_t out_scale_stride;

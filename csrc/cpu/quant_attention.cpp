@@ -18,6 +18,7 @@ at::Tensor quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const
   const at::Tensor q = contiguous_rows(q_in), k = contiguous_rows(k_in), v = contiguous_rows(v_in);
   const int64_t B = q.size(0), H = q.size(1), Nq = q.size(2), Nk = k.size(2), D = q.size(3);
   check_shape(k, {B, H, Nk, D}, "k"), check_shape(v, {B, H, Nk, D}, "v");
+  TORCH_CHECK_VALUE(Nk <= kMaxKeys, "at most ", kMaxKeys, " keys, got ", Nk);
   Attention a = {};
   // The public function has broadcast scales and biases to full shape; only their strides differ.
   const auto read = [](const at::Tensor& t, at::IntArrayRef shape, const char* what, int64_t* stride) {
@@ -37,7 +38,6 @@ at::Tensor quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const
   a.q = q.const_data_ptr<int8_t>(), a.k = k.const_data_ptr<int8_t>(), a.v = v.const_data_ptr<int8_t>();
   for (int i = 0; i < 3; ++i) a.q_stride[i] = q.stride(i), a.k_stride[i] = k.stride(i), a.v_stride[i] = v.stride(i);
   a.softmax_scale = (float)softmax_scale;
-  a.p_max = largest_code(Nk);
   a.H = H, a.Nq = Nq, a.Nk = Nk, a.D = D;
   a.out_scale = out_scale ? out_scale->const_data_ptr<float>() : nullptr;
   a.out_scale_stride = out_scale ? out_scale->numel() > 1 : 0;

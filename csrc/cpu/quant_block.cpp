@@ -88,6 +88,7 @@ at::Tensor quant_block(
   TORCH_CHECK_VALUE(H > 0 && inner % H == 0 && qkv_w_scale.numel() == 3 * inner, "qkv has ", qkv_w_scale.numel(),
                     " features, which are not q, k and v of ", H, " heads");
   TORCH_CHECK_VALUE(0 <= tokens && tokens <= N, "tokens must be 0 to ", N, ", got ", tokens);
+  TORCH_CHECK_VALUE(N <= kMaxKeys, "at most ", kMaxKeys, " tokens, got ", N);
   const int64_t D = inner / H, hidden = fc1_w_scale.numel();
   const Linear qkv(qkv_w, qkv_w_scale, qkv_bias, C, "qkv"), proj(proj_w, proj_w_scale, proj_bias, inner, "proj");
   const Linear fc1(fc1_w, fc1_w_scale, fc1_bias, C, "fc1"), fc2(fc2_w, fc2_w_scale, fc2_bias, hidden, "fc2");
@@ -139,7 +140,7 @@ at::Tensor quant_block(
         norm.x = xs + m * C, norm.out = (int8_t*)own, norm.out_scale = row_scale;
         timed(Phase::norm, [&] { k.norm_quant(norm, 0, rows); });
         Gemm g = qkv.gemm();
-        g.x = own, g.M = rows;
+        g.x = own, g.M = rows, g.then = g.w_packed;
         at_scale(g, norm1, row_scale);
         g.epilogue.out = wide;
         if (head_scale_in) {
@@ -166,7 +167,7 @@ at::Tensor quant_block(
       *scale[i] = head_scale_in ? head_scale.const_data_ptr<float>() + i * H : scales + i * H;
       scale_strides[i][0] = head_scale_in ? 0 : N * 3 * H, scale_strides[i][1] = 1, scale_strides[i][2] = head_scale_in ? 0 : 3 * H;
     }
-    a.softmax_scale = (float)softmax_scale, a.p_max = largest_code(N);
+    a.softmax_scale = (float)softmax_scale;
     a.H = H, a.Nq = tokens, a.Nk = N, a.D = D, a.out = attended;
     parallel_attention(a, b);
   }
@@ -187,7 +188,7 @@ at::Tensor quant_block(
     q.x = attended + m * inner, q.x_stride = q.K = inner, q.out = own_codes, q.out_scale = row_scale;
     timed(Phase::quantize, [&] { k.quantize(q, 0, rows); });
     Gemm g = proj.gemm();
-    g.x = own_codes, g.M = rows;
+    g.x = own_codes, g.M = rows, g.then = fc1.w_packed.const_data_ptr<uint8_t>();
     g.epilogue.x_scale = row_scale, g.epilogue.x_scale_stride = 1;
     g.epilogue.layer_scale = data_or_null(layer_scale1);
     g.epilogue.residual = residual, g.epilogue.residual_stride = C, g.epilogue.out = ys + m * C;
@@ -197,7 +198,7 @@ at::Tensor quant_block(
     norm.x = ys + m * C, norm.out = own_codes, norm.out_scale = row_scale;
     timed(Phase::norm, [&] { k.norm_quant(norm, 0, rows); });
     g = fc1.gemm();
-    g.x = own_codes, g.M = rows;
+    g.x = own_codes, g.M = rows, g.then = fc2.w_packed.const_data_ptr<uint8_t>();
     at_scale(g, norm2, row_scale);
     g.epilogue.out = wide;
     const bool fixed = fc2_scale.has_value();
@@ -214,7 +215,7 @@ at::Tensor quant_block(
       timed(Phase::activation, [&] { k.activate_quantize(act, activation, 0, rows); });
     }
     g = fc2.gemm();
-    g.x = fixed ? (void*)wide : own_codes, g.M = rows, g.x_zero_point = fc2_x_zero_point;
+    g.x = fixed ? (void*)wide : own_codes, g.M = rows, g.x_zero_point = fc2_x_zero_point, g.then = proj.w_packed.const_data_ptr<uint8_t>();
     g.epilogue.x_scale = !fixed ? row_scale : fc2_scale->numel() == 1 ? fc2_scale->const_data_ptr<float>() : &one;
     g.epilogue.x_scale_stride = !fixed;
     g.epilogue.layer_scale = data_or_null(layer_scale2);

@@ -1,81 +1,96 @@
-// quantize and norm_quant: one row at a time, the row in L1 between its passes.
+// quantize and norm_quant: a few rows at a time, in L1 between their passes. A row ends in a chain of dependent operations
+// (sums across lanes, square root, division); those of several rows overlap.
+constexpr int kBatch = 4;
+
 INLINE double total(const rd* parts) {
+  rd sum = parts[0];
+  for (int i = 1; i < 2 * kParts; ++i) sum += parts[i];
   double s = 0;
-  for (int i = 0; i < 2 * kParts; ++i)
-    for (unsigned l = 0; l < sizeof(rd) / 8; ++l) s += parts[i][l];
+  for (unsigned l = 0; l < sizeof(rd) / 8; ++l) s += sum[l];
   return s;
 }
 
+// Mean and variance from one pass over x in double, whose rounding does not show in the float results: the sums are of
+// x - shift, shift being near the mean, so that nothing cancels.
+INLINE void moments(const float* x, int64_t K, double* mean, double* variance) {
+  const int64_t whole = K / 16 * 16;
+  float first = 0;
+  for (int64_t k = 0; k < 16 && k < K; ++k) first += x[k];
+  const double shift = first / (K < 16 ? K : 16);
+  rd sums[2 * kParts] = {}, squares[2 * kParts] = {};
+  for (int64_t k = 0; k < whole; k += 16) {
+    const vf v = load<vf>(x + k);
+    EACH {
+      const rd low = low_double(v.v[i]) - shift, high = high_double(v.v[i]) - shift;
+      sums[2 * i] += low, sums[2 * i + 1] += high;
+      squares[2 * i] += low * low, squares[2 * i + 1] += high * high;
+    }
+  }
+  double sum = total(sums), square = total(squares);
+  for (int64_t k = whole; k < K; ++k) sum += x[k] - shift, square += (x[k] - shift) * (x[k] - shift);
+  *mean = shift + sum / K;
+  const double v = (square - sum * (sum / K)) / K;
+  *variance = v > 0 ? v : 0;
+}
+
 template <bool kNorm>
-INLINE void quantize_row(const Rows& p, int64_t m, float* y) {
-  const float* x = (const float*)p.x + m * p.x_stride;
-  const int64_t K = p.K;
-  float mean = 0, rstd = 0;
-  if constexpr (kNorm) {  // sums in double: their order does not show in the float result
-    rd sums[2 * kParts] = {}, squares[2 * kParts] = {};
-    int64_t whole = K / 16 * 16;
-    for (int64_t k = 0; k < whole; k += 16) {
-      const vf v = load<vf>(x + k);
-      EACH sums[2 * i] += low_double(v.v[i]), sums[2 * i + 1] += high_double(v.v[i]);
-    }
-    double sum = total(sums), square = 0;
-    for (int64_t k = whole; k < K; ++k) sum += x[k];
-    const double mu = sum / K;
-    for (int64_t k = 0; k < whole; k += 16) {
-      const vf v = load<vf>(x + k);
-      EACH {
-        const rd low = low_double(v.v[i]) - mu, high = high_double(v.v[i]) - mu;
-        squares[2 * i] += low * low, squares[2 * i + 1] += high * high;
-      }
-    }
-    square = total(squares);
-    for (int64_t k = whole; k < K; ++k) square += (x[k] - mu) * (x[k] - mu);
-    mean = (float)mu;
-    rstd = (float)(1.0 / __builtin_sqrt(square / K + p.eps));
-  }
-  // The codes are bytes, which may alias anything: what the loop needs is copied out of p first.
-  const float *weight = p.weight, *bias = p.bias, *scale_k = p.scale_stride ? p.scale : nullptr;
-  const bool fixed = p.scale != nullptr;
+INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
+  // The codes are bytes, which may alias anything: what the loops need is copied out of p first.
+  const int64_t K = p.K, x_stride = p.x_stride, padded = round_up(K, 16);
+  const float *weight = p.weight, *bias = p.bias, *scale_k = p.scale_stride ? p.scale : nullptr, minimum = p.minimum;
+  const bool fixed = p.scale != nullptr, has_minimum = p.has_minimum;
   const vf inv = fixed ? 1.f / splat(*p.scale) : vf{};
-  const float zero_point = (float)p.zero_point;
-  int8_t* out = p.out + m * K;
-  vf peak = {};
-  for (int64_t k = 0; k < K; k += 16) {
-    const int64_t n = K - k < 16 ? K - k : 16;
-    vf v = load_16<vf>(x + k, n);
+  const float zero_point = fixed ? (float)p.zero_point : has_minimum ? -128.f : 0.f;
+  float* const y = fixed ? nullptr : (float*)scratch(kBatch * padded * sizeof(float), 0);
+  for (int64_t m = row_begin; m < row_end; m += kBatch) {
+    const int rows = row_end - m < kBatch ? (int)(row_end - m) : kBatch;
+    const float* x = (const float*)p.x + m * x_stride;
+    int8_t* out = p.out + m * K;
+    double mu[kBatch], variance[kBatch];
+    float mean[kBatch], rstd[kBatch], peak[kBatch];
     if constexpr (kNorm) {
-      v = (v - mean) * rstd;
-      v = v * load_16<vf>(weight + k, n) + load_16<vf>(bias + k, n);
+      for (int r = 0; r < kBatch; ++r) mu[r] = 0, variance[r] = 1;
+      for (int r = 0; r < rows; ++r) moments(x + r * x_stride, K, mu + r, variance + r);
+      for (int r = 0; r < kBatch; ++r) mean[r] = (float)mu[r], rstd[r] = (float)(1.0 / __builtin_sqrt(variance[r] + p.eps));
     }
-    if (fixed) {
-      const vb q = to_code(v * (scale_k ? 1.f / load_16<vf>(scale_k + k, n) : inv), zero_point);
-      store_16(out + k, q, n);
-    } else {
-      if (p.has_minimum) v = v - p.minimum;
-      store(y + k, v);
-      if (n < 16) v = load_n<vf>(y + k, n);  // the lanes beyond K are not values of x
-      peak = vmax(peak, p.has_minimum ? v : vabs(v));
+    for (int r = 0; r < rows; ++r) {
+      const float *row = x + r * x_stride, center = kNorm ? mean[r] : 0, slope = kNorm ? rstd[r] : 0;
+      vf most = {};
+      for (int64_t k = 0; k < K; k += 16) {
+        const int64_t n = K - k < 16 ? K - k : 16;
+        vf v = load_16<vf>(row + k, n);
+        if constexpr (kNorm) {
+          v = (v - center) * slope;
+          v = v * load_16<vf>(weight + k, n) + load_16<vf>(bias + k, n);
+        }
+        if (fixed) {
+          const vb q = to_code(v * (scale_k ? 1.f / load_16<vf>(scale_k + k, n) : inv), zero_point);
+          store_16(out + r * K + k, q, n);
+        } else {
+          if (has_minimum) v = v - minimum;
+          store(y + r * padded + k, v);
+          if (n < 16) v = load_n<vf>(y + r * padded + k, n);  // the lanes beyond K are not values of x
+          most = vmax(most, has_minimum ? v : vabs(v));
+        }
+      }
+      peak[r] = hmax(most);
     }
-  }
-  if (fixed) return;
-  float scale = hmax(peak) / (p.has_minimum ? 255.f : 127.f);
-  if (!(scale > 1e-30f)) scale = 1e-30f;
-  p.out_scale[m] = scale;
-  const float inv_row = 1.f / scale;
-  for (int64_t k = 0; k < K; k += 16) {
-    const vb q = to_code(load<vf>(y + k) * inv_row, p.has_minimum ? -128.f : 0.f);
-    store_16(out + k, q, K - k);
+    if (fixed) continue;
+    float inverse[kBatch];
+    for (int r = 0; r < rows; ++r) {
+      float scale = peak[r] / (has_minimum ? 255.f : 127.f);
+      if (!(scale > 1e-30f)) scale = 1e-30f;
+      p.out_scale[m + r] = scale;
+      inverse[r] = 1.f / scale;
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < K; k += 16)
+        store_16(out + r * K + k, to_code(load<vf>(y + r * padded + k) * inverse[r], zero_point), K - k);
   }
 }
 
-void quantize(const Rows& p, int64_t row_begin, int64_t row_end) {
-  float* y = p.scale ? nullptr : (float*)scratch(round_up(p.K, 16) * sizeof(float), 0);
-  for (int64_t m = row_begin; m < row_end; ++m) quantize_row<false>(p, m, y);
-}
-void norm_quant(const Rows& p, int64_t row_begin, int64_t row_end) {
-  float* y = p.scale ? nullptr : (float*)scratch(round_up(p.K, 16) * sizeof(float), 0);
-  for (int64_t m = row_begin; m < row_end; ++m) quantize_row<true>(p, m, y);
-}
+void quantize(const Rows& p, int64_t row_begin, int64_t row_end) { quantize_rows<false>(p, row_begin, row_end); }
+void norm_quant(const Rows& p, int64_t row_begin, int64_t row_end) { quantize_rows<true>(p, row_begin, row_end); }
 
 // Codes of activation(x), one scale per row: a GELU's largest output comes from its largest input, so the scale is known
 // before the outputs are. Rounding may make another output larger by an ulp, and negative rows have no such order: then

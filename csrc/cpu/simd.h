@@ -154,7 +154,11 @@ INLINE rd high_double(rf x) { return rd{x[2], x[3]}; }
 
 #if defined(USE_AVX512_VNNI)
 INLINE float hmax(vf x) { return _mm512_reduce_max_ps((__m512)x.v[0]); }
-INLINE int32_t hsum(vi x) { return _mm512_reduce_add_epi32((__m512i)x.v[0]); }
+INLINE int64_t hsum(vi x) {
+  const __m512i v = (__m512i)x.v[0];
+  return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(v)),
+                                                  _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1))));
+}
 #else
 INLINE float hmax(vf x) {
   for (int i = 1; i < kParts; ++i) x.v[0] = rmax(x.v[0], x.v[i]);
@@ -162,10 +166,9 @@ INLINE float hmax(vf x) {
   for (unsigned i = 1; i < sizeof(rf) / 4; ++i) m = x.v[0][i] > m ? x.v[0][i] : m;
   return m;
 }
-INLINE int32_t hsum(vi x) {
-  for (int i = 1; i < kParts; ++i) x.v[0] += x.v[i];
-  int32_t s = 0;
-  for (unsigned i = 0; i < sizeof(ri) / 4; ++i) s += x.v[0][i];
+INLINE int64_t hsum(vi x) {
+  int64_t s = 0;
+  EACH for (unsigned l = 0; l < sizeof(ri) / 4; ++l) s += x.v[i][l];
   return s;
 }
 #endif

@@ -75,7 +75,8 @@ struct Tile {
   int64_t b_stride;  // bytes between tiles
   int64_t groups;
   const void* init;  // where the sums start, NV * 16 values
-  const uint8_t* next;  // memory to bring into L2 meanwhile, 64 bytes a group; any readable address if there is none
+  const uint8_t* next;  // memory that will be read soon, to fetch meanwhile, next_step bytes a group
+  int64_t next_step;
   const float* x_scale;
   int64_t x_scale_stride;
   const float* w_scale;
@@ -115,8 +116,8 @@ __attribute__((noinline)) void tile(const Tile& args) {
     R w[L];
 #pragma GCC unroll 8
     for (int l = 0; l < L; ++l) __builtin_memcpy(&w[l], b + (l / W) * t.b_stride + (l % W) * sizeof(R), sizeof(R));
-    __builtin_prefetch(next, 0, 2);
-    b += 64, next += 64;
+    __builtin_prefetch(next);
+    b += 64, next += t.next_step;
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       const R x = Dot::bcast(base[r / 3] + (r % 3) * t.a_stride);

@@ -211,16 +211,25 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+        """Of the last block only the tokens that the head reads, where the block can leave the others out."""
+        *others, last = self.blocks
+        if self.config.pool == "avg" or not getattr(last, "computes_first_tokens", False):
+            return self.forward_head(self.forward_features(images))
+        x = self._embed(images)
+        for block in others:
+            x = block(x)
+        return self.forward_head(self.norm(last(x, tokens=2 if self.config.distilled else 1)))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All N tokens after the last block and `norm`: (B, N, C)."""
-        self._check_images(images)
-        x = self.patch_embed(images)
-        x = self._add_tokens(x)
+        x = self._embed(images)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        self._check_images(images)
+        return self._add_tokens(self.patch_embed(images))
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) -> logits (B, num_classes). With a distillation token, the mean of the two heads."""

@@ -9,6 +9,8 @@ from pyvit_accel import reference
 
 from ._library import check_vector, define
 
+MAX_KEYS = 65536  # of 255 * 128 each, the largest sum of products that is an int32
+
 
 def _fake(q, k, v, q_scale, k_scale, v_scale, softmax_scale, bias, key_bias, out_scale):
     B, H, N, D = q.shape
@@ -55,8 +57,9 @@ def quant_attention(
     out_scale         (1,) | (H D,)     float32; None: the result is float32
     returns           (B, Nq, H D)      float32, or int8 codes when out_scale is given
 
-    Probabilities are integers of 15 bits relative to the row's maximum (fewer beyond 512 keys). No gradient. Raises
-    TypeError when q, k, v are not int8, ValueError for shapes that disagree. Reference: reference/quant_attention.py.
+    Probabilities are bytes relative to the row's maximum, each handing on what it dropped. No gradient. Raises
+    TypeError when q, k, v are not int8, ValueError for shapes that disagree and for more than 65536 keys. Reference:
+    reference/quant_attention.py.
     """
     if not q.dtype == k.dtype == v.dtype == torch.int8:
         raise TypeError(f"quant_attention: q, k, v must be int8 codes, got {q.dtype}, {k.dtype}, {v.dtype}")
@@ -67,6 +70,8 @@ def quant_attention(
     if k.shape != (B, H, Nk, D) or v.shape != k.shape:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"quant_attention: {shapes} do not fit together")
+    if Nk > MAX_KEYS:
+        raise ValueError(f"quant_attention: {Nk} keys; sums are exact for at most {MAX_KEYS}")
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"quant_attention: mask must be bool, got {mask.dtype}; pass additive masks as bias")
