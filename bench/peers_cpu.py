@@ -299,4 +299,7 @@ def bars(rows: list[dict]) -> dict[str, list[Bar]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"peers_cpu: error: {error}")

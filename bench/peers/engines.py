@@ -93,7 +93,7 @@ def export_onnx(job: Job) -> str:
     """The float32 model as ONNX, its batch size free; exported once for all engines that start from it."""
     import torch
 
-    path = Path(job.folder).with_name("float32.onnx")
+    path = Path(job.folder).with_name(f"torch-{torch.__version__}.onnx")
     if not path.exists():
         model = float_model(job)
         config, part = model.config, path.with_suffix(".part")
