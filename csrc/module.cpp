@@ -1,10 +1,11 @@
-// The Python module: importing it registers the CPU kernels. Its two functions name and choose the instruction set.
+// The Python module: importing it registers the CPU kernels. Its functions choose the instruction set and measure.
 #include <Python.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "cpu/kernels.h"
 #include "cpu/phases.h"
+#include "cpu/probe.h"
 
 namespace {
 
@@ -36,9 +37,20 @@ PyObject* profile(PyObject*, PyObject* arg) {
   return seconds;
 }
 
+PyObject* dot_peak(PyObject*, PyObject*) { return PyFloat_FromDouble(pyvit_accel::dot_peak()); }
+
+PyObject* read_rate(PyObject*, PyObject* arg) {
+  const long long bytes = PyLong_AsLongLong(arg);
+  if (bytes == -1 && PyErr_Occurred()) return nullptr;
+  if (bytes < 64) return PyErr_Format(PyExc_ValueError, "read_rate: %lld bytes; at least 64 are read", bytes);
+  return PyFloat_FromDouble(pyvit_accel::read_rate(bytes));
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
     {"select_isa", select_isa, METH_O, "Choose 'best', 'avx512_vnni', 'avx2' or 'portable'; returns the one in use."},
+    {"dot_peak", dot_peak, METH_NOARGS, "Multiply-adds per second of int8 dot products on all threads, registers only."},
+    {"read_rate", read_rate, METH_O, "Bytes per second that all threads read, each from a buffer of so many bytes."},
     {"profile", profile, METH_O, "Start (True) or stop (False) timing the phases of a block; returns seconds per phase."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -18,6 +18,6 @@ namespace avx2_ {
 #include "attention.h"
 }  // namespace avx2_
 const Kernels kAvx2 = {"avx2", avx2_::lowbit_linear, avx2_::weight_only_linear, avx2_::quantize, avx2_::norm_quant,
-                        avx2_::activate_quantize, avx2_::quant_attention};
+                        avx2_::activate_quantize, avx2_::quant_attention, avx2_::dot_loop, avx2_::read_loop};
 }  // namespace pyvit_accel
 #endif

@@ -18,6 +18,6 @@ namespace avx512_ {
 #include "attention.h"
 }  // namespace avx512_
 const Kernels kAvx512 = {"avx512_vnni", avx512_::lowbit_linear, avx512_::weight_only_linear, avx512_::quantize, avx512_::norm_quant,
-                        avx512_::activate_quantize, avx512_::quant_attention};
+                        avx512_::activate_quantize, avx512_::quant_attention, avx512_::dot_loop, avx512_::read_loop};
 }  // namespace pyvit_accel
 #endif

@@ -15,5 +15,5 @@ namespace portable_ {
 #include "attention.h"
 }  // namespace portable_
 const Kernels kPortable = {"portable", portable_::lowbit_linear, portable_::weight_only_linear, portable_::quantize, portable_::norm_quant,
-                        portable_::activate_quantize, portable_::quant_attention};
+                        portable_::activate_quantize, portable_::quant_attention, portable_::dot_loop, portable_::read_loop};
 }  // namespace pyvit_accel

@@ -88,6 +88,8 @@ struct Kernels {
   void (*activate_quantize)(const Rows&, Activation, int64_t row_begin, int64_t row_end);  // dynamic only
   // Items are (b * H + h) * q_blocks + block; a block is a run of queries.
   void (*quant_attention)(const Attention&, int64_t q_blocks, int64_t item_begin, int64_t item_end);
+  int64_t (*dot_loop)(int64_t iterations);
+  void (*read_loop)(const void* p, int64_t bytes);
 };
 
 extern const Kernels kAvx512, kAvx2, kPortable;

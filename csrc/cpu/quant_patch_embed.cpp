@@ -1,5 +1,8 @@
 // quant_patch_embed: uint8 pixels (B, C, H, W), any strides, to (B, P, N): a patch is a row of K = C p p codes, pixel - 128.
+#include <cstring>
+
 #include "gemm_op.h"
+#include "phases.h"
 
 namespace pyvit_accel {
 namespace {
@@ -18,27 +21,39 @@ at::Tensor quant_patch_embed(const at::Tensor& images, const at::Tensor& w_packe
   const at::Tensor codes = at::empty({B * P, K}, images.options().dtype(at::kChar));
   const at::Tensor out = at::empty({B, P, N}, images.options().dtype(at::kFloat));
 
-  const uint8_t* src = images.const_data_ptr<uint8_t>();
-  int8_t* dst = codes.data_ptr<int8_t>();
+  const uint8_t* const src = images.const_data_ptr<uint8_t>();
+  int8_t* const dst = codes.data_ptr<int8_t>();
   const auto s = images.strides();
-  at::parallel_for(0, B * rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t col = 0; col < cols; ++col) {
-        int8_t* row = dst + (i * cols + col) * K;
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t y = 0; y < p; ++y, row += p) {
-            const uint8_t* line = src + i / rows * s[0] + c * s[1] + (i % rows * p + y) * s[2] + col * p * s[3];
-            for (int64_t x = 0; x < p; ++x) row[x] = (int8_t)(line[x * s[3]] ^ 0x80);
-          }
+  const auto gather = [&](int64_t m) {  // row m: patch m % P of image m / P
+    const uint8_t* patch = src + m / P * s[0] + m % P / cols * p * s[2] + m % cols * p * s[3];
+    int8_t* row = dst + m * K;
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t y = 0; y < p; ++y, row += p) {
+        const uint8_t* line = patch + c * s[1] + y * s[2];
+        int64_t x = 0;
+        for (; s[3] == 1 && x + 8 <= p; x += 8) {
+          uint64_t eight;
+          std::memcpy(&eight, line + x, 8);
+          eight ^= 0x8080808080808080;
+          std::memcpy(row + x, &eight, 8);
+        }
+        for (; x < p; ++x) row[x] = (int8_t)(line[x * s[3]] ^ 0x80);
       }
-  });
+  };
   Gemm g = {};
   g.x = dst, g.x_stride = K, g.x_zero_point = -128;
   g.w_packed = packed.const_data_ptr<uint8_t>();
   g.M = B * P, g.N = N, g.K = K;
   g.epilogue = {nullptr, 0, w_scale.const_data_ptr<float>(), bias.const_data_ptr<float>(), bias.dim() == 1 ? 1 : P, N,
                 Activation::none, nullptr, nullptr, 0, nullptr, 0, 0, out.data_ptr(), N};
-  parallel_gemm(g, kernels().lowbit_linear);
+  // A thread gathers the rows it multiplies, so nobody waits between the two.
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), panel = (g.M + threads - 1) / threads;
+  at::parallel_for(0, g.M, std::max<int64_t>(panel, 12), [&](int64_t begin, int64_t end) {
+    timed(Phase::patch_embed, [&] {
+      for (int64_t m = begin; m < end; ++m) gather(m);
+      kernels().lowbit_linear(g, begin, end, 0, round_up(N, kTile) / kTile);
+    });
+  });
   return out;
 }
 

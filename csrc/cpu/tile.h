@@ -91,14 +91,13 @@ struct Tile {
   int64_t out_stride;
 };
 
-INLINE vf sums(const ri* acc) { vi x; EACH x.v[i] = acc[i]; return to_float(x); }
-INLINE vf sums(const rf* acc) { vf x; EACH x.v[i] = acc[i]; return x; }
+INLINE vf sums(const reg* acc) { vi x; EACH x.v[i] = (ri)acc[i]; return to_float(x); }
+INLINE vf sums(const regf* acc) { vf x; EACH x.v[i] = (rf)acc[i]; return x; }
 
 template <class Dot, int MR, int NV, bool kCodes>
 __attribute__((noinline)) void tile(const Tile& args) {
   const Tile t = args;  // a copy: the codes written are bytes, which may alias anything
   typedef typename Dot::r R;
-  typedef typename std::conditional<std::is_same<typename Dot::acc, float>::value, rf, ri>::type S;
   constexpr int W = 64 / sizeof(R), L = NV * W;  // registers per tile, per row
   R acc[MR][L];
 #pragma GCC unroll 8
@@ -129,7 +128,7 @@ __attribute__((noinline)) void tile(const Tile& args) {
   }
   vf y[MR][NV];
 #define EVERY _Pragma("GCC unroll 16") for (int r = 0; r < MR; ++r) _Pragma("GCC unroll 2") for (int v = 0; v < NV; ++v)
-  EVERY y[r][v] = sums((const S*)&acc[r][v * W]) * (t.x_scale[r * t.x_scale_stride] * load<vf>(t.w_scale + 16 * v));
+  EVERY y[r][v] = sums(&acc[r][v * W]) * (t.x_scale[r * t.x_scale_stride] * load<vf>(t.w_scale + 16 * v));
   if (t.bias) EVERY y[r][v] = y[r][v] + load<vf>(t.bias + r * t.bias_stride + 16 * v);
   if (t.layer_scale) EVERY y[r][v] = y[r][v] * load<vf>(t.layer_scale + 16 * v);
   if (t.residual) EVERY y[r][v] = y[r][v] + load<vf>(t.residual + r * t.residual_stride + 16 * v);
@@ -156,4 +155,30 @@ INLINE TileFn pick(int tiles, int rows, bool codes) {
   if constexpr (!std::is_same<Dot, DotF>::value)
     if (codes) return tiles == kTiles ? tile_of<Dot, kTiles, true>(rows) : tile_of<Dot, 1, true>(rows);
   return tiles == kTiles ? tile_of<Dot, kTiles, false>(rows) : tile_of<Dot, 1, false>(rows);
+}
+
+// Dot products on registers alone: what this core can do at most. Returns multiply-adds.
+int64_t dot_loop(int64_t iterations) {
+  typedef typename std::conditional<kVnni, Dot8, Dot16>::type Dot;
+  constexpr int kChains = 12;  // enough independent sums to hide the latency
+  Dot::r acc[kChains] = {}, a = Dot::bcast(&iterations), b = a;
+  for (int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 12
+    for (int c = 0; c < kChains; ++c) {
+#if defined(__x86_64__)
+      __asm__ volatile("" : "+x"(a));  // another a, as far as the compiler knows
+#endif
+      acc[c] = Dot::dot(acc[c], a, b);
+    }
+  }
+  volatile int32_t sink;
+  for (int c = 0; c < kChains; ++c) sink = ((ri)acc[c])[0];
+  return iterations * kChains * (int64_t)sizeof(Dot::r) / (kVnni ? 1 : 2);
+}
+// Reads `bytes` from p, 64 at a time.
+void read_loop(const void* p, int64_t bytes) {
+  vi sum = {};
+  for (int64_t i = 0; i + 64 <= bytes; i += 64) sum = sum | load<vi>((const char*)p + i);
+  volatile int32_t sink = sum.v[0][0];
+  (void)sink;
 }
