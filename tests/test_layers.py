@@ -118,7 +118,7 @@ def test_every_op_has_its_row():
     rows = stems("pyvit_accel/ops", "*.py")
     assert rows == set(ops.__all__)
     assert stems("pyvit_accel/reference", "*.py") - {"scalar"} == rows
-    assert stems("csrc/cpu", "*.cpp") - {"isa", "isa_avx2", "isa_avx512", "isa_portable"} == rows
+    assert stems("csrc/cpu", "*.cpp") - {"isa", "isa_avx2", "isa_avx512", "isa_portable", "probe"} == rows
     assert stems("kernels", "*.py") <= rows
     assert {f"test_{row}" for row in rows} <= stems("tests", "test_*.py")
 
