@@ -105,7 +105,9 @@ def _add_bench(sub) -> None:
     add = command.add_argument
     add("--models", type=_list(_model), default=[SMALLEST], metavar="A,B", help=f"default: {SMALLEST}")
     add("--batches", type=_list(_positive), default=[1, 8], metavar="1,8", help="batch sizes (default: 1,8)")
-    add("--recipes", type=_list(_recipe), default=list(RECIPES), metavar="A,B", help=f"default: {','.join(RECIPES)}")
+    recipes = f"default: {','.join(RECIPES)}; with --breakdown {commands.BREAKDOWN_RECIPE}"
+    add("--recipes", type=_list(_recipe), metavar="A,B", help=recipes)
+    add("--breakdown", action="store_true", help="instead, where the time goes, phase by phase, and a roofline")
     add("--no-memory", dest="memory", action="store_false", help="do not start processes to measure memory")
     _add_results(command)
 

@@ -37,12 +37,16 @@ from pyvit_accel.models import (
 from pyvit_accel.output import Bar, note, percent, progress, require, table, write_chart, write_json
 from pyvit_accel.recipes import RECIPES
 from pyvit_accel.serialize import read_header, save
+from pyvit_accel.timemap import map_time, measure_roofs, work_of
+from pyvit_accel.timemap_chart import write_timemap_chart
 
 FP32 = "fp32"
 LATENCY_HEADER = ("batch", "variant", "ms/image", "fastest", "speed-up")
 FIDELITY_HEADER = ("variant", "images", "top-1", "same prediction", "logit error")
 NAMED_SKIPS = 10
 BUSY = 1.5
+BREAKDOWN_RECIPE = "W8A8"
+TOLD_COST = 0.02
 
 
 def prepare_outputs(args: argparse.Namespace) -> None:
@@ -155,6 +159,9 @@ def _say_skipped(folder: ImageFolder) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     prepare_outputs(args)
+    if args.breakdown:
+        return run_breakdown(args)
+    args.recipes = args.recipes or list(RECIPES)
     rows, groups = [], {}
     title = f"speed and memory only: random images, random weights (but for {DIGITS})"
     with tempfile.TemporaryDirectory() as folder:
@@ -183,6 +190,30 @@ def run_bench(args: argparse.Namespace) -> None:
         write_json(args.json, {"title": title, "machine": machine(), "rounds": args.rounds, "rows": rows})
     if args.chart:
         write_chart(args.chart, f"{title}\n{machine_line()}", groups)
+
+
+def run_breakdown(args: argparse.Namespace) -> None:
+    roofs, maps = measure_roofs(), []
+    print(f"{machine_line()}\n{roofs}")
+    for name in args.models:
+        models = recipe_variants(name, args.recipes or [BREAKDOWN_RECIPE])
+        del models[FP32]
+        for model in models.values():
+            work_of(model)  # raises before anything is timed
+        for batch in args.batches:
+            for recipe, model in models.items():
+                found = map_time(name, recipe, model, random_images(model, batch), roofs, args.rounds)
+                if found.profiling_cost > TOLD_COST:
+                    note(f"{found.name}: profiled rounds were {100 * found.profiling_cost:.1f} % slower")
+                print(f"\n{found}")
+                maps.append(found)
+    if args.json:
+        write_json(args.json, {
+            "machine": machine(), "rounds": args.rounds, "roofs": roofs.to_dict(),
+            "maps": [time_map.to_dict() for time_map in maps],
+        })
+    if args.chart:
+        write_timemap_chart(args.chart, machine_line(), maps, roofs)
 
 
 def recipe_variants(name: str, recipes: list[str]) -> dict[str, nn.Module]:
