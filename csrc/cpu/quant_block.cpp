@@ -61,18 +61,17 @@ Norm norm_of(const at::Tensor& weight, const at::Tensor& bias, const std::option
 // Panels of rows: each fits a share of L2 with what is computed from it, and every thread gets equally many.
 constexpr int64_t kPanelBytes = 1 << 20, kFewRows = 12, kRowsPerThread = 96;
 struct Panels {
-  int64_t count, rows;
+  int64_t count, rows;  // rows: of the largest panel
   Panels(int64_t M, int64_t row_bytes) {
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     const int64_t most = std::max<int64_t>(kPanelBytes / row_bytes, 4 * kFewRows);
-    count = round_up((M + most - 1) / most, threads);
+    count = std::min(round_up((M + most - 1) / most, threads), M);
     rows = (M + count - 1) / count;
-    count = (M + rows - 1) / rows;
   }
   template <class F>
   void each(int64_t M, F&& f) const {  // f(first row, number of rows), on the threads
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin * rows; m < std::min(end * rows, M); m += rows) f(m, std::min(rows, M - m));
+      for (int64_t i = begin; i < end; ++i) f(M * i / count, M * (i + 1) / count - M * i / count);
     });
   }
 };

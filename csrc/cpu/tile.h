@@ -4,47 +4,33 @@
 //   dot8   unsigned x signed bytes (AVX512-VNNI only: vpdpbusd)
 //   dot16  signed 16-bit pairs (vpdpwssd, vpmaddwd + vpaddd, pmaddwd + paddd, or plain C)
 //   dotf   float
+// Sums have the vector type that the epilogue computes with, not __m512i: GCC would keep a copy of each in both.
+INLINE ri broadcast(const void* p) { int32_t v; __builtin_memcpy(&v, p, 4); return v - ri{}; }
 #if defined(USE_AVX512_VNNI)
 constexpr bool kVnni = true;
 constexpr int kRows = 12, kTiles = 2;  // 24 accumulators of 32 registers
-typedef __m512i reg;
-typedef __m512 regf;
-INLINE reg broadcast(const void* p) { int32_t v; __builtin_memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
-INLINE regf broadcastf(const float* p) { return _mm512_set1_ps(*p); }
-INLINE reg dot8(reg acc, reg a, reg b) { return _mm512_dpbusd_epi32(acc, a, b); }
-INLINE reg dot16(reg acc, reg a, reg b) { return _mm512_dpwssd_epi32(acc, a, b); }
-INLINE regf dotf(regf acc, regf a, regf b) { return _mm512_fmadd_ps(a, b, acc); }
+INLINE ri dot8(ri acc, ri a, ri b) { return (ri)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+INLINE ri dot16(ri acc, ri a, ri b) { return (ri)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+INLINE rf dotf(rf acc, rf a, rf b) { return (rf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc); }
 #elif defined(USE_AVX2)
 constexpr bool kVnni = false;
 constexpr int kRows = 6, kTiles = 1;  // a tile is two registers: 12 accumulators of 16
-typedef __m256i reg;
-typedef __m256 regf;
-INLINE reg broadcast(const void* p) { int32_t v; __builtin_memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
-INLINE regf broadcastf(const float* p) { return _mm256_broadcast_ss(p); }
-INLINE reg dot16(reg acc, reg a, reg b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
-INLINE regf dotf(regf acc, regf a, regf b) { return _mm256_fmadd_ps(a, b, acc); }
+INLINE ri dot16(ri acc, ri a, ri b) { return acc + (ri)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+INLINE rf dotf(rf acc, rf a, rf b) { return (rf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc); }
 #elif defined(__SSE2__)
 constexpr bool kVnni = false;
 constexpr int kRows = 2, kTiles = 1;
-typedef __m128i reg;
-typedef __m128 regf;
-INLINE reg broadcast(const void* p) { int32_t v; __builtin_memcpy(&v, p, 4); return _mm_set1_epi32(v); }
-INLINE regf broadcastf(const float* p) { return _mm_set1_ps(*p); }
-INLINE reg dot16(reg acc, reg a, reg b) { return _mm_add_epi32(acc, _mm_madd_epi16(a, b)); }
-INLINE regf dotf(regf acc, regf a, regf b) { return _mm_add_ps(acc, _mm_mul_ps(a, b)); }
+INLINE ri dot16(ri acc, ri a, ri b) { return acc + (ri)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+INLINE rf dotf(rf acc, rf a, rf b) { return acc + a * b; }
 #else
 constexpr bool kVnni = false;
 constexpr int kRows = 2, kTiles = 1;
-typedef ri reg;
-typedef rf regf;
-INLINE reg broadcast(const void* p) { int32_t v; __builtin_memcpy(&v, p, 4); return v - ri{}; }
-INLINE regf broadcastf(const float* p) { return *p - rf{}; }
-INLINE reg dot16(reg acc, reg a, reg b) { return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
-INLINE regf dotf(regf acc, regf a, regf b) { return acc + a * b; }
+INLINE ri dot16(ri acc, ri a, ri b) { return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
+INLINE rf dotf(rf acc, rf a, rf b) { return acc + a * b; }
 #endif
 
 struct Dot8 {
-  typedef reg r;
+  typedef ri r;
   typedef int32_t acc;
   static INLINE r bcast(const void* p) { return broadcast(p); }
 #if defined(USE_AVX512_VNNI)
@@ -54,15 +40,15 @@ struct Dot8 {
 #endif
 };
 struct Dot16 {
-  typedef reg r;
+  typedef ri r;
   typedef int32_t acc;
   static INLINE r bcast(const void* p) { return broadcast(p); }
   static INLINE r dot(r c, r a, r b) { return dot16(c, a, b); }
 };
 struct DotF {
-  typedef regf r;
+  typedef rf r;
   typedef float acc;
-  static INLINE r bcast(const void* p) { return broadcastf((const float*)p); }
+  static INLINE r bcast(const void* p) { return *(const float*)p - rf{}; }
   static INLINE r dot(r c, r a, r b) { return dotf(c, a, b); }
 };
 
@@ -91,8 +77,8 @@ struct Tile {
   int64_t out_stride;
 };
 
-INLINE vf sums(const reg* acc) { vi x; EACH x.v[i] = (ri)acc[i]; return to_float(x); }
-INLINE vf sums(const regf* acc) { vf x; EACH x.v[i] = (rf)acc[i]; return x; }
+INLINE rf number(ri sum) { return __builtin_convertvector(sum, rf); }
+INLINE rf number(rf sum) { return sum; }
 
 template <class Dot, int MR, int NV, bool kCodes>
 __attribute__((noinline)) void tile(const Tile& args) {
@@ -128,7 +114,10 @@ __attribute__((noinline)) void tile(const Tile& args) {
   }
   vf y[MR][NV];
 #define EVERY _Pragma("GCC unroll 16") for (int r = 0; r < MR; ++r) _Pragma("GCC unroll 2") for (int v = 0; v < NV; ++v)
-  EVERY y[r][v] = sums(&acc[r][v * W]) * (t.x_scale[r * t.x_scale_stride] * load<vf>(t.w_scale + 16 * v));
+  EVERY {
+    EACH y[r][v].v[i] = number(acc[r][v * W + i]);
+    y[r][v] = y[r][v] * (t.x_scale[r * t.x_scale_stride] * load<vf>(t.w_scale + 16 * v));
+  }
   if (t.bias) EVERY y[r][v] = y[r][v] + load<vf>(t.bias + r * t.bias_stride + 16 * v);
   if (t.layer_scale) EVERY y[r][v] = y[r][v] * load<vf>(t.layer_scale + 16 * v);
   if (t.residual) EVERY y[r][v] = y[r][v] + load<vf>(t.residual + r * t.residual_stride + 16 * v);
@@ -171,8 +160,8 @@ int64_t dot_loop(int64_t iterations) {
       acc[c] = Dot::dot(acc[c], a, b);
     }
   }
-  volatile int32_t sink;
-  for (int c = 0; c < kChains; ++c) sink = ((ri)acc[c])[0];
+  volatile int32_t sink = 0;
+  for (int c = 0; c < kChains; ++c) sink = sink + acc[c][0];
   return iterations * kChains * (int64_t)sizeof(Dot::r) / (kVnni ? 1 : 2);
 }
 // Reads `bytes` from p, 64 at a time.
