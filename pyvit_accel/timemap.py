@@ -3,9 +3,8 @@
     floor = max(MACs / dot_peak,  weights / batch / read_rate + activations / read_rate)
 
 Everything is per image. A phase's time is thread time divided by threads, so the phases and `other` (Python, dispatch,
-waiting for the slowest thread, final norm and head) add up to the wall time. A matmul of few rows, divided over
-threads, is timed on the calling thread alone: what the others do in it is `other` too. N tokens, C = dim, F hidden
-features, T tokens that the last block computes.
+waiting for the slowest thread, final norm and head) add up to the wall time. N tokens, C = dim, F hidden features,
+T tokens that the last block computes.
 
 Williams, Waterman, Patterson, Roofline: An Insightful Visual Performance Model, CACM 52(4), 2009.
 """

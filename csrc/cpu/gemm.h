@@ -91,11 +91,41 @@ INLINE void rewrite_row(const int8_t* src, uint8_t* dst, int64_t K, int64_t padd
 
 enum class Operand { bytes, words, floats };
 
+// Everything but the rows of a panel of one or two weight tiles: filled in once, then each row tile changes its pointers.
+struct Panel {
+  Tile tile;
+  Columns columns;
+  int64_t n, count;  // its first feature, and how many exist
+  int tiles;
+  bool direct, codes;  // the tile kernel writes the output itself; as codes
+};
+
+template <class Dot>
+void row_tile(const Gemm& g, Panel& p, FinishFn finish, int64_t m, int rows) {
+  const Epilogue& e = g.epilogue;
+  Tile& t = p.tile;
+  alignas(64) float unfinished[kRows * kTiles * kTile], bias_rows[kRows * kTiles * kTile];
+  const float one = 1;
+  t.x_scale = e.x_scale ? e.x_scale + m * e.x_scale_stride : &one;
+  t.bias = e.bias ? p.columns.bias : nullptr;
+  if (e.bias_rows > 1) {  // a bias per row
+    t.bias = e.bias + m % e.bias_rows * e.bias_stride + p.n, t.bias_stride = e.bias_stride;
+    if (p.count < p.tiles * kTile) {
+      for (int r = 0; r < rows; ++r) read_columns(bias_rows + r * kTiles * kTile, t.bias + r * e.bias_stride, 1, 0, p.count);
+      t.bias = bias_rows, t.bias_stride = kTiles * kTile;
+    }
+  }
+  const int64_t at = m * e.out_stride + p.n;
+  t.residual = p.direct && e.residual ? e.residual + m * e.residual_stride + p.n : nullptr;
+  t.out = !p.direct ? unfinished : p.codes ? (void*)((int8_t*)e.out + at) : (float*)e.out + at;
+  pick<Dot>(p.tiles, rows, p.codes)(t);
+  if (!p.direct) finish(e, p.columns, unfinished, m, rows, p.n, p.count);
+}
+
 template <Operand kOperand>
 INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end) {
   typedef typename std::conditional<kOperand == Operand::floats, DotF,
                                     typename std::conditional<kOperand == Operand::bytes, Dot8, Dot16>::type>::type Dot;
-  typedef typename Dot::acc Acc;
   constexpr int64_t kSize = kOperand == Operand::bytes ? 1 : kOperand == Operand::words ? 2 : 4;  // bytes per element
   const int64_t padded = round_up(g.K, 4), groups = padded * kSize / 4, w_tile = tile_bytes(g.K);
   const int64_t x_stride = round_up(padded * kSize, 64) + 64;  // the extra line keeps rows off one cache set
@@ -104,13 +134,16 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
   if (block > row_end - row_begin) block = row_end - row_begin;
   uint8_t* const rows = (uint8_t*)scratch(block * x_stride + 64, 0);
   const int64_t panel_stride = padded * kSize * kTile;
-  uint8_t* const panel = kSize > 1 ? (uint8_t*)scratch(kTiles * panel_stride + 64, 1) : nullptr;
+  uint8_t* const widened = kSize > 1 ? (uint8_t*)scratch(kTiles * panel_stride + 64, 1) : nullptr;
   const Epilogue& e = g.epilogue;
   const FinishFn finish = pick_finish(e.activation);
-  alignas(64) Acc init[kTiles * kTile];
-  alignas(64) float unfinished[kRows * kTiles * kTile], bias_rows[kRows * kTiles * kTile];
-  const float one = 1;
-  Columns c;
+  alignas(64) typename Dot::acc init[kTiles * kTile];
+  Panel p = {};
+  Tile& t = p.tile;
+  t.a_stride = x_stride, t.groups = groups, t.init = init;
+  t.x_scale_stride = e.x_scale ? e.x_scale_stride : 0;
+  t.w_scale = p.columns.w_scale, t.out_inv_scale = p.columns.out_inv_scale;
+  t.residual_stride = e.residual_stride, t.out_zero_point = (float)e.out_zero_point;
 
   for (int64_t m0 = row_begin; m0 < row_end; m0 += block) {
     const int64_t m1 = m0 + block < row_end ? m0 + block : row_end;
@@ -123,64 +156,42 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
         rewrite_row((const int8_t*)g.x + m * g.x_stride, dst, g.K, padded);
       }
     }
-    for (int64_t t = tile_begin; t < tile_end; t += kTiles) {
-      const int tiles = tile_end - t < kTiles ? 1 : kTiles;
-      const int64_t n = t * kTile, count = g.N - n < tiles * kTile ? g.N - n : tiles * kTile;
-      const bool direct = e.activation == Activation::none && count == tiles * kTile;
-      const bool codes = direct && e.out_scale;
-      const uint8_t* w = g.w_packed + t * w_tile;
-      read_columns(c, e, n, count);
-      for (int i = 0; i < tiles; ++i) {
+    for (int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
+      p.tiles = tile_end - tile < kTiles ? 1 : kTiles;
+      p.n = tile * kTile, p.count = g.N - p.n < p.tiles * kTile ? g.N - p.n : p.tiles * kTile;
+      p.direct = e.activation == Activation::none && p.count == p.tiles * kTile;
+      p.codes = p.direct && e.out_scale;
+      read_columns(p.columns, e, p.n, p.count);
+      const uint8_t* const w = g.w_packed + tile * w_tile;
+      for (int i = 0; i < p.tiles; ++i) {
         const uint8_t* tile_start = w + i * w_tile;
         if constexpr (kOperand == Operand::floats) {
           store(init + i * kTile, vf{});
-          widen_float(tile_start + 64, panel + i * panel_stride, padded / 4);
+          widen_float(tile_start + 64, widened + i * panel_stride, padded / 4);
         } else {
           const int32_t offset = (int32_t)g.x_zero_point + (kOperand == Operand::bytes ? 128 : 0);
           store(init + i * kTile, -offset * load<vi>(tile_start));
-          if constexpr (kOperand == Operand::words) widen16(tile_start + 64, panel + i * panel_stride, padded / 4);
+          if constexpr (kOperand == Operand::words) widen16(tile_start + 64, widened + i * panel_stride, padded / 4);
         }
       }
-      Tile args = {};
-      args.a_stride = x_stride;
-      args.b = kSize > 1 ? panel : w + 64;
-      args.b_stride = kSize > 1 ? panel_stride : w_tile;
-      args.groups = groups;
-      args.init = init;
-      args.x_scale_stride = e.x_scale ? e.x_scale_stride : 0;
-      args.w_scale = c.w_scale;
-      args.layer_scale = direct && e.layer_scale ? c.layer_scale : nullptr;
-      args.residual_stride = e.residual_stride;
-      args.out_inv_scale = c.out_inv_scale;
-      args.out_zero_point = (float)e.out_zero_point;
-      args.out_stride = direct ? e.out_stride : kTiles * kTile;
+      t.b = kSize > 1 ? widened : w + 64, t.b_stride = kSize > 1 ? panel_stride : w_tile;
+      t.layer_scale = p.direct && e.layer_scale ? p.columns.layer_scale : nullptr;
+      t.out_stride = p.direct ? e.out_stride : kTiles * kTile;
       // Row tiles, as even as they come: a low one starves for weights. Each fetches its share of the panel after this one,
-      // which is in L3 or beyond: 78 to 95 % of peak at 50 rows (Zen 4).
+      // which is in L3 or beyond: from 78 to 95 % of peak at 50 rows (Zen 4).
       const int64_t row_tiles = (m1 - m0 + kRows - 1) / kRows, slice = kTiles * w_tile / row_tiles;
-      const uint8_t* const next = t + kTiles < tile_end ? w + kTiles * w_tile : m1 < row_end ? g.w_packed + tile_begin * w_tile : g.then ? g.then : w;
-      args.next_step = slice / groups;
-      int64_t n_rows, left = row_tiles;
-      for (int64_t m = m0; m < m1; m += n_rows, left -= left > 1) {
+      const uint8_t* next = g.then ? g.then : w;
+      if (m1 < row_end) next = g.w_packed + tile_begin * w_tile;
+      if (tile + kTiles < tile_end) next = w + kTiles * w_tile;
+      t.next_step = slice / groups;
+      int64_t left = row_tiles;
+      for (int64_t m = m0, n_rows; m < m1; m += n_rows, left -= left > 1) {
         n_rows = (m1 - m + left - 1) / left;
-        args.a = rows + (m - m0) * x_stride;
-        args.x_scale = e.x_scale ? e.x_scale + m * e.x_scale_stride : &one;
-        args.bias = e.bias ? c.bias : nullptr;
-        if (e.bias_rows > 1) {  // a bias per row: the tile ends where they start anew
-          const int64_t row = m % e.bias_rows;
-          if (n_rows > e.bias_rows - row) n_rows = e.bias_rows - row;
-          if (n_rows > kRows) n_rows = kRows;
-          args.bias = e.bias + row * e.bias_stride + n, args.bias_stride = e.bias_stride;
-          if (count < tiles * kTile) {
-            for (int r = 0; r < n_rows; ++r) read_columns(bias_rows + r * kTiles * kTile, args.bias + r * e.bias_stride, 1, 0, count);
-            args.bias = bias_rows, args.bias_stride = kTiles * kTile;
-          }
-        }
-        args.residual = direct && e.residual ? e.residual + m * e.residual_stride + n : nullptr;
-        args.out = unfinished;
-        if (direct) args.out = codes ? (void*)((int8_t*)e.out + m * e.out_stride + n) : (float*)e.out + m * e.out_stride + n;
-        args.next = next + (row_tiles - left) * slice;
-        pick<Dot>(tiles, (int)n_rows, codes)(args);
-        if (!direct) finish(e, c, unfinished, m, (int)n_rows, n, count);
+        if (e.bias_rows > 1 && n_rows > e.bias_rows - m % e.bias_rows) n_rows = e.bias_rows - m % e.bias_rows;
+        if (n_rows > kRows) n_rows = kRows;  // the rows a wrapping bias left over
+        t.a = rows + (m - m0) * x_stride;
+        t.next = next + (row_tiles - left) * slice;
+        row_tile<Dot>(g, p, finish, m, (int)n_rows);
       }
     }
   }

@@ -27,8 +27,8 @@ inline const float* data_or_null(const std::optional<at::Tensor>& t) { return t 
 
 // The M x N output is cut into row parts x tile parts, one part a thread. Every thread rewrites its rows and reads its
 // weights, so of the cuts with the least work in the largest part, the one that touches the fewest bytes is taken.
-using GemmFn = void (*)(const Gemm&, int64_t, int64_t, int64_t, int64_t);
-inline void parallel_gemm(const Gemm& g, GemmFn fn) {
+template <class F>  // fn(g, row_begin, row_end, tile_begin, tile_end)
+inline void parallel_gemm(const Gemm& g, F&& fn) {
   constexpr int64_t kRowStep = 12, kTileStep = 2, kMinWork = 1 << 20;  // MACs worth a thread: about 5 us of one core
   const int64_t tiles = round_up(g.N, kTile) / kTile, work = g.M * g.N * g.K / kMinWork + 1;
   if (g.M == 0 || tiles == 0) return;

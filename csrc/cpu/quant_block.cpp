@@ -153,13 +153,17 @@ struct Block {
     const auto own_bytes = [&](int64_t rows) { return round_up(rows * widest, 64) + round_up(4 * rows, 64) + 4 * rows * hidden; };
     if (M < kFewRows * at::get_num_threads() && !at::in_parallel_region()) {
       out_rows(x, shared, out, 0, M, (uint8_t*)scratch(own_bytes(M), 2),
-               [](const Gemm& g) { parallel_gemm(g, kernels().lowbit_linear); });
+               [](Phase phase, const Gemm& g) {
+                 parallel_gemm(g, [phase](const Gemm& g, int64_t m0, int64_t m1, int64_t t0, int64_t t1) {
+                   timed(phase, [&] { kernels().lowbit_linear(g, m0, m1, t0, t1); });
+                 });
+               });
       return;
     }
     const Panels panels(M, widest + 4 * hidden + 4 * inner());
     panels.each(M, [&](int64_t m, int64_t rows) {
       out_rows(x, shared, out, m, rows, (uint8_t*)scratch(own_bytes(panels.rows), 2),
-               [](const Gemm& g) { kernels().lowbit_linear(g, 0, g.M, 0, all_tiles(g)); });
+               [](Phase phase, const Gemm& g) { timed(phase, [&] { kernels().lowbit_linear(g, 0, g.M, 0, all_tiles(g)); }); });
     });
   }
 
@@ -183,7 +187,7 @@ struct Block {
     g.x = own, g.M = rows, g.then = fc1.weights();
     read_rows(g, row_scale);
     add_to(g, residual, layer_scale1, y);
-    timed(Phase::proj, [&] { matmul(g); });
+    matmul(Phase::proj, g);
 
     norm(norm2, eps2, y, rows, own, row_scale);
     g = fc1.gemm();
@@ -195,7 +199,7 @@ struct Block {
       g.epilogue.out_scale = data_or_null(fc2_scale), g.epilogue.out_scale_stride = fc2_scale->numel() > 1;
       g.epilogue.out_zero_point = fc2_zero_point;
     }
-    timed(Phase::fc1, [&] { matmul(g); });
+    matmul(Phase::fc1, g);
 
     g = fc2.gemm();
     g.x = wide, g.M = rows, g.x_zero_point = fc2_zero_point, g.then = proj.weights();
@@ -210,7 +214,7 @@ struct Block {
       read_rows(g, row_scale);
     }
     add_to(g, y, layer_scale2, y);
-    timed(Phase::fc2, [&] { matmul(g); });
+    matmul(Phase::fc2, g);
   }
 
   void norm(const Norm& n, double eps, const float* x, int64_t rows, uint8_t* codes, float* row_scale) const {

@@ -93,6 +93,11 @@ __attribute__((noinline)) void tile(const Tile& args) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) acc[r][l] = start;
   }
+  if (t.residual) {  // the epilogue would wait for all of it at once
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(t.residual + r * t.residual_stride + 16 * v);
+  }
   // Rows are reached as base + {0, 1, 2} strides: four pointers serve twelve rows.
   const uint8_t *base[(MR + 2) / 3], *b = t.b, *next = t.next;
 #pragma GCC unroll 8
