@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <optional>
+
 namespace pyvit_accel {
 
 inline void check_dtype(const at::Tensor& t, at::ScalarType dtype, const char* what) {
@@ -17,6 +19,12 @@ inline at::Tensor float_vector(const at::Tensor& t, int64_t n, const char* what)
   check_dtype(t, at::kFloat, what);
   TORCH_CHECK_VALUE(t.dim() == 1 && (t.numel() == n || t.numel() == 1), what, " must have shape (", n, ",) or (1,), got ", t.sizes());
   return t.contiguous();
+}
+// One float for each of n features, or nothing; contiguous.
+inline std::optional<at::Tensor> float_features(const std::optional<at::Tensor>& t, int64_t n, const char* what) {
+  if (!t) return std::nullopt;
+  check_dtype(*t, at::kFloat, what), check_shape(*t, {n}, what);
+  return t->contiguous();
 }
 inline at::Tensor contiguous_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
 

@@ -93,9 +93,8 @@ def work_of(model: nn.Module) -> dict[str, Work]:
     if not all(getattr(block, "fusable", False) for block in model.blocks):
         raise ValueError("--breakdown needs int8 blocks, whose phases are timed; use recipe W8A8 or W8A8_DYNAMIC")
     config, last = model.config, model.blocks[-1]
-    tokens = None if config.pool == "avg" else 2 if config.distilled else 1
     static_hidden = last.mlp.fc2.x_scale is not None
-    return count_work(config, tokens, last.attention.head_scale is not None, static_hidden)
+    return count_work(config, config.head_tokens, last.attention.head_scale is not None, static_hidden)
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,7 @@ void finish(const Epilogue& epilogue, const Columns& c, const float* y, int64_t 
   const Epilogue e = epilogue;  // a copy: the codes written are bytes, which may alias the original
   for (int64_t i = 0; i < count; i += kTile)
     for (int r = 0; r < rows; ++r) {
-      vf x = load<vf>(y + r * kTiles * kTile + i);
-      if constexpr (A == Activation::gelu) x = gelu(x);
-      if constexpr (A == Activation::gelu_tanh) x = gelu_tanh(x);
-      if constexpr (A == Activation::quick_gelu) x = quick_gelu(x);
+      vf x = activate<A>(load<vf>(y + r * kTiles * kTile + i));
       if (e.layer_scale) x = x * load<vf>(c.layer_scale + i);
       if (e.residual) x = x + load_16<vf>(e.residual + (m + r) * e.residual_stride + n + i, count - i);
       const int64_t at = (m + r) * e.out_stride + n + i;

@@ -20,8 +20,11 @@ inline Activation parse_activation(std::string_view name) {
 
 inline void check_packed(const at::Tensor& w_packed, int64_t N, int64_t K) {
   check_dtype(w_packed, at::kByte, "w_packed");
-  check_shape(w_packed, {round_up(N, kTile) / kTile, tile_bytes(K)}, "w_packed");
+  check_shape(w_packed, {num_tiles(N), tile_bytes(K)}, "w_packed");
 }
+
+// How many threads a parallel_for here would get.
+inline int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 inline const float* data_or_null(const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
@@ -30,10 +33,10 @@ inline const float* data_or_null(const std::optional<at::Tensor>& t) { return t 
 template <class F>  // fn(g, row_begin, row_end, tile_begin, tile_end)
 inline void parallel_gemm(const Gemm& g, F&& fn) {
   constexpr int64_t kRowStep = 12, kTileStep = 2, kMinWork = 1 << 20;  // MACs worth a thread: about 5 us of one core
-  const int64_t tiles = round_up(g.N, kTile) / kTile, work = g.M * g.N * g.K / kMinWork + 1;
+  const int64_t tiles = num_tiles(g.N), work = g.M * g.N * g.K / kMinWork + 1;
   if (g.M == 0 || tiles == 0) return;
   const auto part = [](int64_t n, int64_t parts, int64_t step) { return round_up((n + parts - 1) / parts, step); };
-  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), work);
+  const int64_t threads = std::min(free_threads(), work);
   int64_t rows = g.M, cols = tiles, best_area = INT64_MAX, best_bytes = INT64_MAX;
   for (int64_t row_parts = 1; row_parts <= threads; ++row_parts) {
     if (threads % row_parts) continue;

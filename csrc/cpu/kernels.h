@@ -13,6 +13,7 @@ namespace pyvit_accel {
 // then ceil(K / 4) groups of 64 bytes; byte 4 n + i of group g is the code of feature n, input 4 g + i.
 constexpr int64_t kTile = 16;
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t num_tiles(int64_t N) { return round_up(N, kTile) / kTile; }
 inline int64_t tile_bytes(int64_t K) { return 64 + round_up(K, 4) * kTile; }
 
 enum class Activation : int64_t { none, gelu, gelu_tanh, quick_gelu };

@@ -15,11 +15,8 @@ at::Tensor lowbit_linear(const at::Tensor& x_in, const at::Tensor& x_scale_in, c
   const int64_t M = x.size(0), K = x.size(1), N = w_scale.numel();
   check_packed(w_packed, N, K);
   const at::Tensor x_scale = float_vector(x_scale_in, M, "x_scale"), packed = w_packed.contiguous();
-  const auto features = [N](const std::optional<at::Tensor>& t, const char* what) {
-    if (t) check_dtype(*t, at::kFloat, what), check_shape(*t, {N}, what);
-    return t ? std::optional<at::Tensor>(t->contiguous()) : std::nullopt;
-  };
-  const auto scale = features(w_scale, "w_scale"), b = features(bias, "bias"), ls = features(layer_scale, "layer_scale");
+  const auto scale = float_features(w_scale, N, "w_scale"), b = float_features(bias, N, "bias");
+  const auto ls = float_features(layer_scale, N, "layer_scale");
   std::optional<at::Tensor> r, out_scale;
   if (residual) {
     check_dtype(*residual, at::kFloat, "residual"), check_shape(*residual, {M, N}, "residual");

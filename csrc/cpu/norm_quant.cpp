@@ -6,9 +6,7 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor> norm_rows(const at::Tensor& x, const at::Tensor& weight_in, const at::Tensor& bias_in,
                                              const std::optional<at::Tensor>& scale, double eps) {
-  check_dtype(weight_in, at::kFloat, "weight"), check_dtype(bias_in, at::kFloat, "bias");
-  check_shape(weight_in, {x.size(-1)}, "weight"), check_shape(bias_in, {x.size(-1)}, "bias");
-  const at::Tensor weight = weight_in.contiguous(), bias = bias_in.contiguous();
+  const at::Tensor weight = *float_features(weight_in, x.size(-1), "weight"), bias = *float_features(bias_in, x.size(-1), "bias");
   Rows p = {};
   p.weight = weight.const_data_ptr<float>(), p.bias = bias.const_data_ptr<float>(), p.eps = eps;
   return rows_op(x, scale, 0, p, kernels().norm_quant);

@@ -21,9 +21,8 @@ struct Linear {
   int64_t N, K;
 
   Linear(const at::Tensor& w, const at::Tensor& scale, const std::optional<at::Tensor>& b, int64_t k, const char* what)
-      : w_packed(w.contiguous()), w_scale(scale.contiguous()), N(scale.numel()), K(k) {
+      : w_packed(w.contiguous()), w_scale(scale.contiguous()), bias(float_features(b, scale.numel(), what)), N(scale.numel()), K(k) {
     check_dtype(scale, at::kFloat, what), check_packed(w_packed, N, K);
-    if (b) check_dtype(*b, at::kFloat, what), check_shape(*b, {N}, what), bias = b->contiguous();
   }
   const uint8_t* weights() const { return w_packed.const_data_ptr<uint8_t>(); }
   Gemm gemm() const {
@@ -35,10 +34,6 @@ struct Linear {
   }
 };
 
-std::optional<at::Tensor> features(const std::optional<at::Tensor>& t, int64_t n, const char* what) {
-  if (t) check_dtype(*t, at::kFloat, what), check_shape(*t, {n}, what);
-  return t ? std::optional<at::Tensor>(t->contiguous()) : std::nullopt;
-}
 std::optional<at::Tensor> one_or_all(const std::optional<at::Tensor>& t, int64_t n, const char* what) {
   return t ? std::optional<at::Tensor>(float_vector(*t, n, what)) : std::nullopt;
 }
@@ -55,7 +50,7 @@ struct Norm {
   }
 };
 Norm norm_of(const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale, int64_t C) {
-  return {*features(weight, C, "norm weight"), *features(bias, C, "norm bias"), one_or_all(scale, C, "x_scale")};
+  return {*float_features(weight, C, "norm weight"), *float_features(bias, C, "norm bias"), one_or_all(scale, C, "x_scale")};
 }
 
 // Panels of rows: each fits a share of L2 with what is computed from it, and every thread gets equally many.
@@ -63,7 +58,7 @@ constexpr int64_t kPanelBytes = 1 << 20, kFewRows = 12, kRowsPerThread = 96;
 struct Panels {
   int64_t count, rows;  // rows: of the largest panel
   Panels(int64_t M, int64_t row_bytes) {
-    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t threads = free_threads();
     const int64_t most = std::max<int64_t>(kPanelBytes / row_bytes, 4 * kFewRows);
     count = std::min(round_up((M + most - 1) / most, threads), M);
     rows = (M + count - 1) / count;
@@ -75,8 +70,6 @@ struct Panels {
     });
   }
 };
-
-int64_t all_tiles(const Gemm& g) { return round_up(g.N, kTile) / kTile; }
 
 struct Block {
   Norm norm1, norm2;
@@ -124,7 +117,7 @@ struct Block {
       read_norm(g, norm1, row_scale);
       g.epilogue.out = wide;
       if (head_scale) g.epilogue.out = codes, g.epilogue.out_scale = data_or_null(qkv_scale), g.epilogue.out_scale_stride = 1;
-      timed(Phase::qkv, [&] { k.lowbit_linear(g, 0, rows, 0, all_tiles(g)); });
+      timed(Phase::qkv, [&] { k.lowbit_linear(g, 0, rows, 0, num_tiles(g.N)); });
       if (head_scale) return;
       Rows heads = {};
       heads.x = wide, heads.x_stride = heads.K = D, heads.out = codes, heads.out_scale = shared.scales + m * 3 * H;
@@ -151,7 +144,7 @@ struct Block {
   void from_attention(const float* x, const Shared& shared, float* out, int64_t M) const {
     const int64_t widest = std::max({inner(), C, hidden});
     const auto own_bytes = [&](int64_t rows) { return round_up(rows * widest, 64) + round_up(4 * rows, 64) + 4 * rows * hidden; };
-    if (M < kFewRows * at::get_num_threads() && !at::in_parallel_region()) {
+    if (free_threads() > 1 && M < kFewRows * free_threads()) {
       out_rows(x, shared, out, 0, M, (uint8_t*)scratch(own_bytes(M), 2),
                [](Phase phase, const Gemm& g) {
                  parallel_gemm(g, [phase](const Gemm& g, int64_t m0, int64_t m1, int64_t t0, int64_t t1) {
@@ -163,7 +156,7 @@ struct Block {
     const Panels panels(M, widest + 4 * hidden + 4 * inner());
     panels.each(M, [&](int64_t m, int64_t rows) {
       out_rows(x, shared, out, m, rows, (uint8_t*)scratch(own_bytes(panels.rows), 2),
-               [](Phase phase, const Gemm& g) { timed(phase, [&] { kernels().lowbit_linear(g, 0, g.M, 0, all_tiles(g)); }); });
+               [](Phase phase, const Gemm& g) { timed(phase, [&] { kernels().lowbit_linear(g, 0, g.M, 0, num_tiles(g.N)); }); });
     });
   }
 
@@ -265,7 +258,7 @@ at::Tensor quant_block(
       norm_of(norm1_weight, norm1_bias, qkv_x_scale, C), norm_of(norm2_weight, norm2_bias, fc1_x_scale, C), norm1_eps, norm2_eps,
       Linear(qkv_w, qkv_w_scale, qkv_bias, C, "qkv"), Linear(proj_w, proj_w_scale, proj_bias, inner, "proj"),
       Linear(fc1_w, fc1_w_scale, fc1_bias, C, "fc1"), Linear(fc2_w, fc2_w_scale, fc2_bias, hidden, "fc2"),
-      features(layer_scale1, C, "layer_scale1"), features(layer_scale2, C, "layer_scale2"),
+      float_features(layer_scale1, C, "layer_scale1"), float_features(layer_scale2, C, "layer_scale2"),
       head_scale ? std::optional<at::Tensor>(head_scale->contiguous()) : std::nullopt, qkv_scale,
       one_or_all(fc2_x_scale, hidden, "fc2_x_scale"), parse_activation(activation), fc2_x_zero_point, fc2_x_minimum,
       N, C, H, D, hidden, tokens, (float)softmax_scale};

@@ -47,11 +47,11 @@ at::Tensor quant_patch_embed(const at::Tensor& images, const at::Tensor& w_packe
   g.epilogue = {nullptr, 0, w_scale.const_data_ptr<float>(), bias.const_data_ptr<float>(), bias.dim() == 1 ? 1 : P, N,
                 Activation::none, nullptr, nullptr, 0, nullptr, 0, 0, out.data_ptr(), N};
   // A thread gathers the rows it multiplies, so nobody waits between the two.
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads(), panel = (g.M + threads - 1) / threads;
+  const int64_t panel = (g.M + free_threads() - 1) / free_threads();
   at::parallel_for(0, g.M, std::max<int64_t>(panel, 12), [&](int64_t begin, int64_t end) {
     timed(Phase::patch_embed, [&] {
       for (int64_t m = begin; m < end; ++m) gather(m);
-      kernels().lowbit_linear(g, begin, end, 0, round_up(N, kTile) / kTile);
+      kernels().lowbit_linear(g, begin, end, 0, num_tiles(N));
     });
   });
   return out;

@@ -33,6 +33,12 @@ INLINE void moments(const float* x, int64_t K, double* mean, double* variance) {
   *variance = v > 0 ? v : 0;
 }
 
+// Of a row found at run time; formats/affine.py: scale_of.
+INLINE float scale_of(float peak, bool has_minimum) {
+  const float scale = peak / (has_minimum ? 255.f : 127.f);
+  return scale > 1e-30f ? scale : 1e-30f;
+}
+
 template <bool kNorm>
 INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
   // The codes are bytes, which may alias anything: what the loops need is copied out of p first.
@@ -78,8 +84,7 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
     if (fixed) continue;
     float inverse[kBatch];
     for (int r = 0; r < rows; ++r) {
-      float scale = peak[r] / (has_minimum ? 255.f : 127.f);
-      if (!(scale > 1e-30f)) scale = 1e-30f;
+      const float scale = scale_of(peak[r], has_minimum);
       p.out_scale[m + r] = scale;
       inverse[r] = 1.f / scale;
     }
@@ -101,9 +106,7 @@ INLINE void activate_quantize_row(const Rows& p, int64_t m) {
   const int64_t K = p.K;
   const float minimum = p.has_minimum ? p.minimum : 0.f;
   const auto value = [&](vf v) {
-    if constexpr (A == Activation::gelu) v = gelu(v);
-    if constexpr (A == Activation::gelu_tanh) v = gelu_tanh(v);
-    if constexpr (A == Activation::quick_gelu) v = quick_gelu(v);
+    v = activate<A>(v);
     return p.has_minimum ? v - minimum : v;
   };
   const auto size = [&](vf v) { return p.has_minimum ? v : vabs(v); };
@@ -111,8 +114,7 @@ INLINE void activate_quantize_row(const Rows& p, int64_t m) {
   for (int64_t k = 0; k < K; k += 16) top = vmax(top, load_16_or(x + k, K - k, x[0]));
   float peak = hmax(size(value(splat(hmax(top)))));
   for (int pass = 0; pass < 2; ++pass) {
-    float scale = peak / (p.has_minimum ? 255.f : 127.f);
-    if (!(scale > 1e-30f)) scale = 1e-30f;
+    const float scale = scale_of(peak, p.has_minimum);
     p.out_scale[m] = scale;
     const float inv = 1.f / scale, zero_point = p.has_minimum ? -128.f : 0.f;
     int8_t* out = p.out + m * K;

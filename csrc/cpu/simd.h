@@ -206,6 +206,13 @@ INLINE vf gelu_tanh(vf x) {  // 2 log2(e) sqrt(2 / pi) = 2.30220819
 }
 INLINE vf quick_gelu(vf x) { return x * sigmoid2(x * 2.45546696f); }  // 1.702 log2(e)
 
+template <Activation A> INLINE vf activate(vf x) {
+  if constexpr (A == Activation::gelu) return gelu(x);
+  if constexpr (A == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (A == Activation::quick_gelu) return quick_gelu(x);
+  return x;
+}
+
 INLINE vb to_code(vf y, float zero_point) {  // clip before rounding: the same integer, and to_int stays in range
   y = vmin(vmax(y, -128.f - zero_point), 127.f - zero_point);
   return to_bytes(to_int(y) + (int32_t)zero_point);

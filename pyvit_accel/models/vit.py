@@ -83,6 +83,11 @@ class ViTConfig:
     def num_prefix_tokens(self) -> int:
         return 1 + self.num_registers + int(self.distilled)
 
+    @property
+    def head_tokens(self) -> int | None:
+        """How many tokens the head reads, the first ones; None: all."""
+        return None if self.pool == "avg" else 1 + int(self.distilled)
+
     def to_dict(self) -> dict:
         """A dictionary that json can write."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
@@ -213,12 +218,12 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Of the last block only the tokens that the head reads, where the block can leave the others out."""
         *others, last = self.blocks
-        if self.config.pool == "avg" or not getattr(last, "computes_first_tokens", False):
+        if self.config.head_tokens is None or not getattr(last, "computes_first_tokens", False):
             return self.forward_head(self.forward_features(images))
         x = self._embed(images)
         for block in others:
             x = block(x)
-        return self.forward_head(self.norm(last(x, tokens=2 if self.config.distilled else 1)))
+        return self.forward_head(self.norm(last(x, tokens=self.config.head_tokens)))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All N tokens after the last block and `norm`: (B, N, C)."""

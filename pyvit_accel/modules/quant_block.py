@@ -38,8 +38,6 @@ class QuantBlock(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, tokens: int | None = None) -> Tensor:
         """tokens: only the first ones of every image are wanted, (B, tokens, C); the others are not computed."""
         if attn_mask is None and self.fusable:
-            if x.dtype == torch.float32:
-                return self._fused(x, tokens)
             return self._fused(x.float(), tokens).to(x.dtype)
         dtype, x = x.dtype, x.float()
         norm, attention, mlp = self.norm1, self.attention, self.mlp
