@@ -19,11 +19,14 @@ from pyvit_accel.calibrate.fold import (
     range_fold,
 )
 from pyvit_accel.calibrate.observers import Activation, Observed, observe
-from pyvit_accel.calibrate.scales import affine_scale, symmetric_scale
+from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan
+from pyvit_accel.calibrate.scales import affine_scale, percentile_search, symmetric_scale
 
 __all__ = [
     "Activation",
+    "BlockPlan",
     "Fold",
+    "LinearPlan",
     "Observed",
     "affine_scale",
     "bias_correction",
@@ -31,6 +34,7 @@ __all__ = [
     "fold_norm",
     "observe",
     "outlier_fold",
+    "percentile_search",
     "range_fold",
     "symmetric_scale",
 ]
