@@ -10,6 +10,7 @@
 It sees modules and batches, never kernels. Nothing here is random: the same batches give the same numbers.
 """
 
+from pyvit_accel.calibrate import allocate
 from pyvit_accel.calibrate.fold import (
     Fold,
     bias_correction,
@@ -20,7 +21,9 @@ from pyvit_accel.calibrate.fold import (
 )
 from pyvit_accel.calibrate.observers import Activation, Observed, observe
 from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan
+from pyvit_accel.calibrate.repq import channel_scales, clipped_scales, refold, repq_fold, repq_plan
 from pyvit_accel.calibrate.scales import affine_scale, percentile_search, symmetric_scale
+from pyvit_accel.calibrate.sqb import sqb_fold
 
 __all__ = [
     "Activation",
@@ -29,12 +32,19 @@ __all__ = [
     "LinearPlan",
     "Observed",
     "affine_scale",
+    "allocate",
     "bias_correction",
+    "channel_scales",
+    "clipped_scales",
     "fold_linear",
     "fold_norm",
     "observe",
     "outlier_fold",
     "percentile_search",
     "range_fold",
+    "refold",
+    "repq_fold",
+    "repq_plan",
+    "sqb_fold",
     "symmetric_scale",
 ]

@@ -96,7 +96,7 @@ def percentile_search(
 
 
 def fake_affine(x: Tensor, scale: Tensor, zero_point: Tensor | float, bits: int) -> Tensor:
-    """x quantized and dequantized in its own dtype; the zero point need not be an integer (published models' is not)."""
+    """x quantized and dequantized, in its own dtype. The zero point need not be an integer: published models differ."""
     lo, hi = affine.q_range(bits)
     return (x / scale).round().clamp(lo - zero_point, hi - zero_point) * scale
 
