@@ -10,7 +10,7 @@
 It sees modules and batches, never kernels. Nothing here is random: the same batches give the same numbers.
 """
 
-from pyvit_accel.calibrate import allocate
+from pyvit_accel.calibrate import allocate, norms
 from pyvit_accel.calibrate.fold import (
     Fold,
     bias_correction,
@@ -21,6 +21,7 @@ from pyvit_accel.calibrate.fold import (
 )
 from pyvit_accel.calibrate.observers import Activation, Observed, observe
 from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan
+from pyvit_accel.calibrate.relevance import relevance
 from pyvit_accel.calibrate.repq import channel_scales, clipped_scales, refold, repq_fold, repq_plan
 from pyvit_accel.calibrate.scales import affine_scale, percentile_search, symmetric_scale
 from pyvit_accel.calibrate.sqb import sqb_fold
@@ -38,11 +39,13 @@ __all__ = [
     "clipped_scales",
     "fold_linear",
     "fold_norm",
+    "norms",
     "observe",
     "outlier_fold",
     "percentile_search",
     "range_fold",
     "refold",
+    "relevance",
     "repq_fold",
     "repq_plan",
     "sqb_fold",

@@ -21,8 +21,8 @@ from torch import Tensor
 
 Costs = Mapping[str, Mapping[int, float]]
 
-# Partial assignments that least_loss and by_relevance carry from layer to layer. Of more they keep the best of those that
-# cost the same within a part in so many of the budget: bytes stay exact, for they coincide; seconds nearly.
+# Partial assignments that least_loss and by_relevance carry from layer to layer. Of more they keep the best of those
+# that cost the same within a part in so many of the budget: bytes stay exact, for they coincide; seconds nearly.
 MOST = 10_000
 
 
