@@ -20,7 +20,7 @@ def bench_linear(measure, batch, width, layer, implementation):
     x, weight, bias = torch.randn(M, K), torch.randn(N, K), torch.randn(N)
     codes, scale = ops.quantize(x)
     q, w_scale = affine.quantize_weight(weight)
-    w_packed = packed.pack_w8(q)
+    w_packed = packed.pack(q)
     if implementation == "float32":
         fn = lambda: F.linear(x, weight, bias)  # noqa: E731
     elif implementation == "onednn_int8":  # unsigned activations, one static scale, scale and bias in its epilogue

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -26,6 +27,7 @@ inline std::optional<at::Tensor> float_features(const std::optional<at::Tensor>&
   check_dtype(*t, at::kFloat, what), check_shape(*t, {n}, what);
   return t->contiguous();
 }
+inline void check_bits(int64_t bits) { TORCH_CHECK_VALUE(2 <= bits && bits <= 8, "codes have 2 to 8 bits, got ", bits); }
 inline at::Tensor contiguous_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
 
 }  // namespace pyvit_accel

@@ -9,7 +9,7 @@ A sum of recipes, A + B, offers each module to A first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,8 +20,9 @@ from pyvit_accel import adapters, calibrate
 from pyvit_accel.adapters import ATTENTIONS, BLOCKS, MLPS, PATCH_EMBEDS, Adapter
 from pyvit_accel.convert import Recipe, Replacement, Rule
 from pyvit_accel.modules import QuantPatchEmbed, WeightOnlyLinear, build
-from pyvit_accel.modules.build import Scales
+from pyvit_accel.modules.build import Scheme
 
+CLASSIFIERS = ("head", "head.*", "heads.*", "head_dist", "classifier", "*.classifier", "cls_classifier", "fc")
 LINEAR = frozenset({"torch.nn.modules.linear.Linear"})
 TABLES = {"BLOCKS": BLOCKS, "ATTENTIONS": ATTENTIONS, "MLPS": MLPS, "PATCH_EMBEDS": PATCH_EMBEDS}
 
@@ -44,32 +45,47 @@ def _rule(table: str, make: Callable[..., nn.Module]) -> Rule:
     return Rule("*", frozenset(TABLES[table]), partial(_adapted, table, make))
 
 
-def _w8a8(name: str, make_scales: Callable[[Any], Scales], needs_calibration: bool) -> Recipe:
-    """int8 weights and activations at every depth; make_scales(observed) says where activation scales come from."""
+def _integer(name: str, scheme: Scheme, needs_calibration: bool = True) -> Recipe:
+    """Integer weights and activations at every depth."""
 
-    def built(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        return lambda parts, observed: make(parts, make_scales(observed))
+    def built(make: Callable[[Any, Scheme], nn.Module]) -> Callable[..., nn.Module]:
+        return lambda parts, observed: make(parts, replace(scheme, observed=observed if needs_calibration else None))
 
     rules = (
         _rule("BLOCKS", built(build.quant_block)),
         _rule("ATTENTIONS", built(build.quant_attention)),
         _rule("MLPS", built(build.quant_mlp)),
         _rule("PATCH_EMBEDS", lambda parts, observed: QuantPatchEmbed.from_parts(parts)),
-        Rule("*", LINEAR, partial(_plain, lambda linear, observed: build.quant_linear(linear)), exact=True),
+        Rule("*", LINEAR, partial(_plain, built(build.quant_linear)), exact=True),
     )
     return Recipe(name, rules, calibrate.observe, needs_calibration, adapters.unpack_attention)
 
 
-def w8a8(observer: str = "minmax", granularity: str = "token", bias_correction: bool = True) -> Recipe:
-    """W8A8 with other choices than the default ones; the arguments are those of modules.build.Scales."""
-    choices = Scales(None, observer, granularity, bias_correction)
-    return _w8a8("W8A8", lambda observed: replace(choices, observed=observed), needs_calibration=True)
+def integer(
+    w_bits: int,
+    x_bits: int,
+    head_bits: int = 8,
+    layers: Iterable[tuple[str, int, int]] = (),
+    observer: str = "minmax",
+    granularity: str = "token",
+    bias_correction: bool = True,
+) -> Recipe:
+    """Integer weights of w_bits and activations of x_bits, 2 to 8; the arguments are those of modules.build.Scheme.
+
+    The classifier has 8 bits, unless `layers` says otherwise, and so has the patch embedding.
+    """
+    choices = (*layers, *(((name, 8, 8)) for name in CLASSIFIERS))
+    scheme = Scheme(w_bits, x_bits, head_bits, choices, None, observer, granularity, bias_correction)
+    return _integer(f"W{w_bits}A{x_bits}", scheme)
 
 
-W8A8 = w8a8()
-W8A8_DYNAMIC = _w8a8("W8A8_DYNAMIC", lambda observed: Scales(), needs_calibration=False)
-W8A16 = Recipe(
-    "W8A16",
-    (Rule("*", LINEAR, partial(_plain, lambda linear, observed: WeightOnlyLinear.from_linear(linear)), exact=True),),
-)
-RECIPES = {recipe.name: recipe for recipe in (W8A8, W8A8_DYNAMIC, W8A16)}
+def weight_only(w_bits: int, group_size: int = 0) -> Recipe:
+    """Integer weights and float activations, in every nn.Linear; groups of inputs with a scale each, or 0 for none."""
+    make = partial(_plain, lambda linear, observed: WeightOnlyLinear.from_linear(linear, w_bits, group_size))
+    return Recipe(f"W{w_bits}A16", (Rule("*", LINEAR, make, exact=True),))
+
+
+W8A8, W6A6, W4A8, W4A4, W3A3 = integer(8, 8), integer(6, 6), integer(4, 8), integer(4, 4), integer(3, 3)
+W8A8_DYNAMIC = _integer("W8A8_DYNAMIC", Scheme(), needs_calibration=False)
+W8A16, W4A16 = weight_only(8), weight_only(4, group_size=64)
+RECIPES = {recipe.name: recipe for recipe in (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16)}

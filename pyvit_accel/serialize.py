@@ -2,7 +2,7 @@
 
 The tensors are the model's state dict. The metadata has "pyvit_accel", a JSON object:
 
-    version       1
+    version       2
     recipe        its name
     architecture  {"vit": the fields of ViTConfig} for our VisionTransformer, else {"class": dotted class name}
     modules       how each replaced module is rebuilt: name, path, class, config, adapter table
@@ -20,7 +20,7 @@ from pyvit_accel import adapters, modules
 from pyvit_accel.files import check_writable, read_metadata, read_tensors, write_safetensors
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UNREADABLE = {
     "empty": "load: {path} is empty (0 bytes); save the model again",
     "pickle": "load: {path} is a pickle (torch.save), which can run code when opened and is never read here; "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvit_accel import backends, ops
-from pyvit_accel.formats import packed
+from pyvit_accel.formats import affine, packed
 
 U32 = 2.0**-24  # unit roundoff of float32
 CODES = ("random", "lowest", "highest", "zeros", "alternating")
@@ -23,10 +23,10 @@ def codes(kind: str, *shape: int) -> Tensor:
     return torch.full(shape, {"lowest": -128, "highest": 127, "zeros": 0}[kind], dtype=torch.int8)
 
 
-def weights(N: int, K: int, kind: str = "random") -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (N, K) in -127..127, their packed form, and a scale (N,)."""
-    q = codes(kind, N, K).clamp(min=-127)
-    return q, packed.pack_w8(q), torch.rand(N) * 0.01 + 1e-4
+def weights(N: int, K: int, kind: str = "random", bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (N, K) of `bits` bits, but -127..127 for 8, their packed form, and a scale (N,)."""
+    q = (codes(kind, N, K) >> (8 - bits)).clamp(min=affine.weight_range(bits)[0])
+    return q, packed.pack(q, bits), torch.rand(N) * 0.01 + 1e-4
 
 
 def padded(x: Tensor) -> Tensor:
@@ -62,13 +62,14 @@ def assert_nearest_codes(q: Tensor, value: Tensor, error: Tensor) -> None:
 
 
 def block(
-    B: int, N: int, C: int, H: int, hidden: int, static: bool = False, activation: str = "gelu", vectors: bool = True
-) -> dict:
+    B: int, N: int, C: int, H: int, hidden: int, static: bool = False, activation: str = "gelu", vectors: bool = True,
+    w_bits: int = 8, x_bits: int = 8, head_bits: int = 8,
+) -> dict:  # fmt: skip
     """Arguments of ops.quant_block. vectors: biases and layer scales; static: scales that calibration found."""
     inner = C // H * H
 
     def linear(name: str, features: int, inputs: int) -> dict:
-        _, w_packed, w_scale = weights(features, inputs)
+        _, w_packed, w_scale = weights(features, inputs, bits=w_bits)
         return {f"{name}_w": w_packed, f"{name}_w_scale": w_scale, f"{name}_bias": vector(features)}
 
     def vector(n: int) -> Tensor | None:
@@ -80,7 +81,10 @@ def block(
         "head_scale": torch.rand(3, H, 1) * 0.1 + 0.01 if static else None,
         "fc1_x_scale": torch.rand(1) * 0.1 + 0.01 if static else None,
         "fc2_x_scale": torch.rand(hidden) * 0.1 + 0.01 if static else None,
-        "fc2_x_zero_point": -100 if static else -128,
+        "fc2_x_zero_point": -100 if static else -(2 ** (x_bits - 1)),
+        "head_bits": head_bits,
+        **{f"{name}_x_bits": x_bits for name in ("qkv", "proj", "fc1", "fc2")},
+        **{f"{name}_x_clip": 1.0 if x_bits == 8 else 0.7 for name in ("qkv", "proj", "fc1", "fc2")},
         "fc2_x_minimum": None if static else -0.1701,
     }
     return {

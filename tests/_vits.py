@@ -52,3 +52,11 @@ def relative_error(y: Tensor, truth: Tensor) -> float:
 
 def module_names(model: nn.Module) -> list[str]:
     return [type(module).__name__ for module in model.modules()]
+
+
+# How many times the error of W8A8 the weights and activations of other recipes may make on random models.
+COARSER = {"W6A6": 3, "W4A8": 4, "W4A4": 6, "W3A3": 10, "W4A16": 4}
+
+
+def weight_only(recipe) -> bool:
+    return recipe.name.endswith("A16")

@@ -8,12 +8,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 from _torchvision_stub import import_timm
-from _vits import module_names, pixels, relative_error, spread
+from _vits import COARSER, module_names, pixels, relative_error, spread, weight_only
 
 from pyvit_accel import accelerate, load, recipes, save
 
 DEPTH = 2
 ERROR = 0.06  # of the tokens after the last block, relative; random weights average nothing out
+SOME = (recipes.W8A8, recipes.W8A8_DYNAMIC, recipes.W4A4, recipes.W4A16)
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": DEPTH, "image_size": 32, "patch_size": 8}
 TRANSFORMERS = {
     "ViT": {"intermediate_size": 128},
@@ -86,16 +87,17 @@ def model_and_tokens(request):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("recipe", recipes.RECIPES.values(), ids=list(recipes.RECIPES))
+@pytest.mark.parametrize("recipe", SOME, ids=lambda recipe: recipe.name)
 def test_end_to_end(model_and_tokens, recipe, tmp_path):
     model, tokens = model_and_tokens
     before, truth = copy.deepcopy(model), tokens(model)
     new, report = accelerate(model, recipe, [images_of(model)])
     y = tokens(new)
     assert (y.shape, y.dtype) == (truth.shape, truth.dtype)
-    assert relative_error(y, truth) < (0.03 if recipe is recipes.W8A16 else ERROR)
+    error = 0.03 if weight_only(recipe) else ERROR
+    assert relative_error(y, truth) < error * COARSER.get(recipe.name, 1)
     became = [entry.became for entry in report.replaced]
-    if recipe is recipes.W8A16:
+    if weight_only(recipe):
         assert became.count("WeightOnlyLinear") >= 4 * DEPTH
     else:
         assert became.count("QuantBlock") == module_names(new).count("QuantBlock") == DEPTH

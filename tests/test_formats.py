@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -58,37 +59,112 @@ def test_negative_extreme_of_a_weight_is_minus_127():
     assert q.tolist() == [[-127, 42]]
 
 
+def low_bit_codes(bits, N, K, kind="random"):
+    return codes(kind, N, K) >> (8 - bits)
+
+
+@pytest.mark.parametrize("bits", packed.PLANES)
 @pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (16, 4), (17, 5), (33, 63), (48, 64), (5, 130)])
-def test_packed_bytes(kind, N, K):
-    """Every byte where the layout says: sums first, then byte 4 n + i of group g is feature n, input 4 g + i."""
-    q = codes(kind, N, K)
-    w_packed = packed.pack_w8(q)
-    assert w_packed.dtype == torch.uint8 and tuple(w_packed.shape) == packed.packed_shape(N, K)
-    assert torch.equal(packed.unpack_w8(w_packed, N, K), q)
-    expected = torch.zeros(w_packed.shape, dtype=torch.int8)
-    for n in range(N):
+def test_packed_round_trip(bits, kind, N, K):
+    q = low_bit_codes(bits, N, K, kind)
+    w_packed = packed.pack(q, bits)
+    assert w_packed.dtype == torch.uint8 and tuple(w_packed.shape) == packed.packed_shape(N, K, bits)
+    assert packed.bits_of(w_packed, N, K) == bits
+    assert torch.equal(packed.unpack(w_packed, N, K), q)
+
+
+@pytest.mark.parametrize(("bits", "planes"), [(2, [2]), (3, [2, 1]), (4, [4]), (5, [4, 1]), (6, [4, 2]), (8, [8])])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (17, 37), (33, 70)])
+def test_packed_bytes(bits, planes, N, K):
+    """Every bit where the layout says: sums first, then chunks of 32 inputs, plane by plane."""
+    q = low_bit_codes(bits, N, K)
+    expected = torch.zeros(packed.packed_shape(N, K, bits), dtype=torch.uint8)
+    padded = torch.zeros(expected.shape[0] * 16, -(-K // 32) * 32, dtype=torch.int64)
+    padded[:N, :K] = q.long()
+    for n in range(padded.shape[0]):
         tile, feature = divmod(n, 16)
-        expected[tile, 4 * feature : 4 * feature + 4] = q[n].sum(dtype=torch.int32).reshape(1).view(torch.int8)
-        for k in range(K):
-            expected[tile, 64 + k // 4 * 64 + 4 * feature + k % 4] = q[n, k]
-    assert torch.equal(w_packed.view(torch.int8), expected)
+        total = padded[n].sum().to(torch.int32).reshape(1).view(torch.uint8)
+        expected[tile, 4 * feature : 4 * feature + 4] = total
+        for k in range(padded.shape[1]):
+            chunk, group, i = k // 32, k % 32 // 4, k % 4
+            u = int(padded[n, k]) + (0 if bits == 8 else 2 ** (bits - 1))
+            start, left = 64 + chunk * 64 * bits, bits
+            for p in planes:
+                left -= p
+                field, register = divmod(group, p)
+                part = (u >> left) % 2**p
+                expected[tile, start + 64 * register + 4 * feature + i] |= part << (0 if p == 8 else field * p)
+                start += 64 * p
+    assert torch.equal(packed.pack(q, bits), expected)
+
+
+def test_bits_of_vit_base_weights():
+    """W4 in at most 0.27 of fp16's bytes, scales included."""
+    linears = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
+    held = sum(math.prod(packed.packed_shape(N, K, 4)) + 4 * N for N, K in linears)
+    assert held <= 0.27 * sum(2 * N * K for N, K in linears)
 
 
 def test_packs_strided_codes():
     q = codes("random", 9, 20).T
-    assert torch.equal(packed.pack_w8(q), packed.pack_w8(q.contiguous()))
+    assert torch.equal(packed.pack(q), packed.pack(q.contiguous()))
 
 
 def test_pack_errors():
-    with pytest.raises(TypeError, match=r"^pack_w8: expected int8 codes \(N, K\), got torch.float32 \(2, 3\)$"):
-        packed.pack_w8(torch.zeros(2, 3))
-    with pytest.raises(TypeError, match=r"^pack_w8: expected int8 codes \(N, K\), got torch.int8 \(3,\)$"):
-        packed.pack_w8(torch.zeros(3, dtype=torch.int8))
-    w_packed = packed.pack_w8(codes("random", 16, 8))
-    message = "unpack_w8: W8 v1 of N=17, K=8 is uint8 (2, 192), got torch.uint8 (1, 192)"
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        packed.unpack_w8(w_packed, 17, 8)
-    message = "unpack_w8: W8 v1 of N=16, K=8 is uint8 (1, 192), got torch.int8 (1, 192)"
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        packed.unpack_w8(w_packed.view(torch.int8), 16, 8)
+    with pytest.raises(TypeError, match=r"^pack: expected int8 codes \(N, K\), got torch.float32 \(2, 3\)$"):
+        packed.pack(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match=r"^pack: expected int8 codes \(N, K\), got torch.int8 \(3,\)$"):
+        packed.pack(torch.zeros(3, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"^pack: bits=7; use one of 2, 3, 4, 5, 6, 8$"):
+        packed.pack(torch.zeros(3, 4, dtype=torch.int8), 7)
+    with pytest.raises(ValueError, match=r"^pack: codes reach from -9 to 2, but 4 bits hold -8 to 7$"):
+        packed.pack(torch.tensor([[2, -9]], dtype=torch.int8), 4)
+    w_packed = packed.pack(codes("random", 16, 8))
+    message = "w_packed of N=17, K=8 has shape (2, 192) for 2 bits, (2, 320) for 4 bits, (2, 576) for 8 bits ...; "
+    with pytest.raises(ValueError, match="^" + re.escape(message + "got (1, 576)") + "$"):
+        packed.unpack(w_packed, 17, 8)
+    with pytest.raises(TypeError, match=r"^unpack: packed weights are uint8, got torch.int8$"):
+        packed.unpack(w_packed.view(torch.int8), 16, 8)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_weight_scale_beats_the_whole_range(bits):
+    """The search includes the range that clips nothing, and its codes stay in the format."""
+    w = torch.randn(20, 192)
+    w[:, 3] *= 4
+    w[7] = 0
+    q, scale = affine.quantize_weight(w, bits)
+    lo, hi = affine.weight_range(bits)
+    assert q.min() >= lo and q.max() <= hi and (scale > 0).all() and not q[7].any()
+    full = affine.scale_of(w.abs().amax(1), hi)
+    whole = affine.dequantize(affine.quantize(w, full[:, None], bits=bits, q_min=lo), full[:, None])
+    error, most = ((affine.dequantize(q, scale[:, None]) - w).square().sum(1), (whole - w).square().sum(1))
+    assert (error <= most * (1 + 1e-5)).all()
+    assert bits > 4 or error.sum() < 0.9 * most.sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_groups_are_within_their_bound(bits, symmetric):
+    w = torch.randn(6, 96) + 3
+    w[2, 32:64] = 0
+    w[3, :32] = 5
+    q, scale, zero_point = affine.quantize_groups(w, bits, 32, symmetric)
+    assert q.shape == w.shape and scale.shape == zero_point.shape == (6, 3)
+    assert torch.equal(zero_point, zero_point.round()) and (scale > 0).all()
+    runs, held = w.view(6, 3, 32), q.view(6, 3, 32)
+    error = (affine.dequantize(held, scale[..., None], zero_point[..., None]) - runs).abs()
+    assert (error <= affine.error_bound(runs, scale[..., None], zero_point[..., None], bits)).all()
+    assert symmetric or (error <= scale[..., None] * 0.5001).all()  # nothing is clipped
+
+
+def test_affine_errors():
+    with pytest.raises(ValueError, match=r"^affine: bits=9 is outside 2..8$"):
+        affine.quantize(torch.zeros(3), torch.ones(1), bits=9)
+    message = "quantize_groups: K=96 is not a multiple of group_size=36; use 32"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        affine.quantize_groups(torch.zeros(2, 96), 4, 36)
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^affine: scale\[1\] is .*; every scale must be positive and finite$"):
+            affine.check_scale(torch.tensor([1.0, bad]))

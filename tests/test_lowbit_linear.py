@@ -35,7 +35,7 @@ def epilogue_and_error(args, kwargs, activation):
     1.13 is the steepest slope of the activations; their own error is ERROR max(1, |x|), tests/test_scalar.py.
     """
     x, x_scale, w_packed, w_scale, bias = args
-    w = packed.unpack_w8(w_packed, w_scale.shape[0], x.shape[1]).double()
+    w = packed.unpack(w_packed, w_scale.shape[0], x.shape[1]).double()
     y = (x.double() - kwargs["x_zero_point"]) @ w.T * (x_scale.double()[:, None] * w_scale.double())
     error = 3.01 * U32 * y.abs()
     y = y + bias.double()
@@ -55,6 +55,32 @@ def test_equals_reference(kernel, shape, activation):
     for out_scale in (None, torch.tensor([0.05]), torch.rand(N) * 0.1 + 0.01):
         assert_equals_reference(kernel, *args, **kwargs, activation=activation, out_scale=out_scale, out_zero_point=-9)
         assert_equals_reference(kernel, args[0], args[1][:1], *args[2:4], activation=activation, out_scale=out_scale)
+
+
+@pytest.mark.parametrize("w_bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("x_bits", [3, 4, 5, 6, 8])
+@pytest.mark.parametrize("shape", [(1, 3, 1), (3, 37, 17), (13, 64, 33), (40, 129, 50)])
+def test_every_pair_of_bits(kernel, w_bits, x_bits, shape):
+    M, K, N = shape
+    q, w_packed, w_scale = weights(N, K, bits=w_bits)
+    x = codes("random", M, K) >> (8 - x_bits)
+    exact = x.long() @ q.long().T
+    unscaled = torch.ones(1), w_packed, torch.ones(N)
+    assert_same_bits(kernel(ops.lowbit_linear, x, *unscaled), exact.float())
+    kwargs = {"x_zero_point": -3, "activation": "gelu", "out_scale": torch.rand(N) + 0.01, "out_zero_point": 1}
+    args = x, torch.rand(M) * 0.02, w_packed, w_scale, torch.randn(N)
+    assert_equals_reference(kernel, *args, **kwargs, out_bits=x_bits)
+    codes_out = kernel(ops.lowbit_linear, *args, **kwargs, out_bits=x_bits)
+    assert codes_out.min() >= -(2 ** (x_bits - 1)) and codes_out.max() <= 2 ** (x_bits - 1) - 1
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_low_bit_extremes(impl, bits, kind):
+    w, w_packed, _ = weights(18, 3072, kind, bits)
+    x = codes("lowest", 3, 3072)
+    y = impl(ops.lowbit_linear, x, torch.ones(1), w_packed, torch.ones(18), x_zero_point=127)
+    assert_same_bits(y, ((x.long() - 127) @ w.long().T).float())
 
 
 @pytest.mark.parametrize("M", range(1, 27))
@@ -149,10 +175,11 @@ def test_errors():
     text = "lowbit_linear: x must be int8 codes, got torch.float32; quantize it with ops.quantize"
     with pytest.raises(TypeError, match=message(text)):
         ops.lowbit_linear(x.float(), x_scale, w_packed, w_scale)
-    text = "lowbit_linear: x has K=9 and w_scale N=20, so w_packed must be (2, 256), got (2, 320)"
+    shapes = "has shape ({0}, 192) for 2 bits, ({0}, 320) for 4 bits, ({0}, 576) for 8 bits ...; got (2, {1})"
+    text = "lowbit_linear: x has K=9 and w_scale N=20, but w_packed of N=20, K=9 " + shapes.format(2, 1088)
     with pytest.raises(ValueError, match=message(text)):
-        ops.lowbit_linear(x[:, :9], x_scale, weights(20, 13)[1], w_scale)
-    text = "lowbit_linear: x has K=10 and w_scale N=16, so w_packed must be (1, 256), got (2, 256)"
+        ops.lowbit_linear(x[:, :9], x_scale, weights(20, 33)[1], w_scale)
+    text = "lowbit_linear: x has K=10 and w_scale N=16, but w_packed of N=16, K=10 " + shapes.format(1, 576)
     with pytest.raises(ValueError, match=message(text)):
         ops.lowbit_linear(x, x_scale, w_packed, w_scale[:16])
     text = "lowbit_linear: activation 'relu' is not one of none, gelu, gelu_tanh, quick_gelu"

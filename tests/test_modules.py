@@ -15,6 +15,7 @@ from torch import nn
 from pyvit_accel import Unsupported, accelerate, recipes
 from pyvit_accel.adapters import ATTENTIONS, find
 from pyvit_accel.backends import use_reference
+from pyvit_accel.calibrate import LinearPlan
 from pyvit_accel.formats import affine
 from pyvit_accel.models.vit import Attention, Block, Mlp, ViTConfig
 from pyvit_accel.modules import QuantLinear, QuantPatchEmbed, WeightOnlyLinear, build
@@ -23,7 +24,7 @@ from pyvit_accel.reference.scalar import ACTIVATIONS
 
 C = SMALL["dim"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TENSOR = recipes.w8a8(granularity="tensor")
+TENSOR = recipes.integer(8, 8, granularity="tensor")
 
 
 def tokens(batch=3, N=17):
@@ -152,36 +153,40 @@ def test_backward_raises(name):
         (x.sum() + new(x).sum()).backward()
 
 
-def quant_linear(kind, linear, x):
+def quant_linear(kind, linear, x, w_bits, x_bits):
     """A QuantLinear, and the x and the weight it multiplies (float64), with the largest error of each."""
     weight, bias = linear.weight.detach(), linear.bias
     if kind in ("token", "minimum"):
-        new = QuantLinear.from_linear(linear, x_minimum=x.min().item() - 0.01 if kind == "minimum" else None)
+        low = x.min().item() - 0.01 if kind == "minimum" else None
+        new = QuantLinear.from_linear(linear, w_bits, x_bits, low)
         codes, scale = new.quantize(x)
-        low, zero_point = (new.x_minimum, -128) if kind == "minimum" else (0.0, 0)
+        low, zero_point = (new.x_minimum, -(2 ** (x_bits - 1))) if kind == "minimum" else (0.0, 0)
         scale = scale.view(*x.shape[:-1], 1)
-        x_error = affine.error_bound(x - low, scale, zero_point)
+        x_error = affine.error_bound(x - low, scale, zero_point, x_bits)
         x_hat = (codes.double() - zero_point) * scale.double() + low
         folded = torch.ones(())
     else:
-        scale = x.abs().amax((0, 1)) / 120 if kind == "channel" else (x.max() - x.min())[None] / 250
-        zero_point = 0 if kind == "channel" else -3
-        new = QuantLinear.from_weight(weight, bias, scale, zero_point)
+        levels = 2**x_bits - 6
+        scale = 2 * x.abs().amax((0, 1)) / levels if kind == "channel" else (x.max() - x.min())[None] / levels
+        zero_point = 0 if kind == "channel" else -1
+        plan = LinearPlan(weight, bias, w_bits, x_bits, x_scale=scale, x_zero_point=zero_point)
+        new = QuantLinear.from_plan(plan)
         codes, _ = new.quantize(x)
-        x_error = affine.error_bound(x, scale, zero_point)
+        x_error = affine.error_bound(x, scale, zero_point, x_bits)
         x_hat = (codes.double() - zero_point) * scale.double()
         folded = scale if scale.numel() > 1 else torch.ones(())
     w_hat = new.dequantized_weight().double() / folded.double()
-    w_error = affine.error_bound(weight * folded, new.w_scale[:, None], q_min=-127) / folded
+    w_error = affine.error_bound(weight * folded, new.w_scale[:, None], bits=w_bits) / folded
     return new, x_hat, x_error.double(), w_hat, w_error.double()
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["token", "minimum", "static", "channel"])
 @pytest.mark.parametrize("K, N", [(64, 37), (1, 1), (197, 16)])
-def test_quant_linear_is_within_its_steps(kind, K, N):
+@pytest.mark.parametrize("w_bits, x_bits", [(8, 8), (4, 8), (4, 4), (6, 6), (3, 3), (2, 5), (5, 3)])
+def test_quant_linear_is_within_its_steps(kind, K, N, w_bits, x_bits):
     linear, x = spread(nn.Linear(K, N)), torch.randn(2, 9, K)
-    new, x_hat, x_error, w_hat, w_error = quant_linear(kind, linear, x)
+    new, x_hat, x_error, w_hat, w_error = quant_linear(kind, linear, x, w_bits, x_bits)
     weight, bias = linear.weight.double(), linear.bias.double()
     y = new(x).double()
     # Against its own codes: an exact sum, rounded once, times two rounded products, plus the bias. With a minimum the
@@ -197,11 +202,18 @@ def test_quant_linear_is_within_its_steps(kind, K, N):
 
 
 @torch.inference_mode()
-def test_weight_only_linear_is_within_its_steps():
-    linear, x = spread(nn.Linear(61, 37)), torch.randn(2, 9, 61)
-    new = WeightOnlyLinear.from_linear(linear)
+@pytest.mark.parametrize("w_bits, group_size", [(8, 0), (4, 0), (4, 20), (3, 60), (2, 1), (8, 12)])
+def test_weight_only_linear_is_within_its_steps(w_bits, group_size):
+    linear, x = spread(nn.Linear(60, 37)), torch.randn(2, 9, 60)
+    new = WeightOnlyLinear.from_linear(linear, w_bits, group_size)
     weight = linear.weight.double()
-    w_error = affine.error_bound(linear.weight, new.w_scale[:, None], q_min=-127).double()
+    if group_size:
+        runs = linear.weight.detach().view(37, -1, group_size)
+        scales = new.w_scale[..., None], new.w_zero_point[..., None]
+        w_error = affine.error_bound(runs, *scales, bits=w_bits).flatten(1).double()
+    else:
+        w_error = affine.error_bound(linear.weight, new.w_scale[:, None], bits=w_bits).double()
+    assert (new.dequantized_weight().double() - weight).abs().le(w_error).all()
     bound = x.double().abs() @ (w_error + 64 * U32 * weight.abs()).T + 4 * U32 * linear.bias.double().abs()
     truth = x.double() @ weight.T + linear.bias.double()
     assert ((new(x).double() - truth).abs() <= bound).all()
@@ -292,13 +304,13 @@ def test_error_texts():
     with pytest.raises(ValueError, match="sides that are multiples of 8"):
         embed(pixels(size=30))
     linear = QuantLinear.from_linear(nn.Linear(8, 4))
-    with pytest.raises(ValueError, match=r"x has K=9 and w_scale N=4"):
+    with pytest.raises(ValueError, match=r"QuantLinear: x has shape \(2, 9\), expected \(..., in_features=8\)"):
         linear(torch.zeros(2, 9))
-    with pytest.raises(ValueError, match=r"x has K=9 and w_scale N=4"):
+    with pytest.raises(ValueError, match=r"WeightOnlyLinear: x has shape \(2, 9\), expected \(..., in_features=8\)"):
         WeightOnlyLinear.from_linear(nn.Linear(8, 4))(torch.zeros(2, 9))
     for option in ({"observer": "median"}, {"granularity": "row"}):
-        with pytest.raises(ValueError, match=r"Scales: \w+='\w+' is not one of"):
-            build.Scales(**option)
+        with pytest.raises(ValueError, match=r"Scheme: \w+='\w+' is not one of"):
+            build.Scheme(**option)
 
 
 @pytest.mark.parametrize("cls", [QuantLinear, WeightOnlyLinear])

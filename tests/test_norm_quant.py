@@ -83,6 +83,17 @@ def test_scale_of_each_row(impl):
     assert_nearest_codes(q, y / scale, error / scale + 2.01 * U32 * 128)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+def test_bits_and_clip(kernel, bits, clip):
+    x, weight, bias, scale = torch.randn(30, 192), torch.randn(192), torch.randn(192), torch.rand(192) + 0.1
+    q, found = kernel(ops.norm_quant, x, weight, bias, bits=bits, clip=clip)
+    assert_same_bits((q, found), reference(ops.norm_quant, x, weight, bias, bits=bits, clip=clip))
+    assert q.min() >= -(2 ** (bits - 1)) and q.max() == 2 ** (bits - 1) - 1
+    static = reference(ops.norm_quant, x, weight, bias, scale, bits=bits)
+    assert_same_bits(kernel(ops.norm_quant, x, weight, bias, scale, bits=bits), static)
+
+
 def test_dead_row(impl):
     """A constant row normalises to the bias; with none its codes are zero and its scale is usable."""
     q, scale = impl(ops.norm_quant, torch.full((2, 20), 5.0), torch.ones(20), torch.zeros(20))

@@ -27,6 +27,19 @@ def test_matches_reference(kernel, threads, shape, static):
     assert_same_bits(kernel(ops.quant_block, **args), reference(ops.quant_block, **args))
 
 
+BITS = [(4, 4, 8), (4, 8, 8), (3, 3, 4), (2, 5, 3), (6, 6, 6), (5, 3, 8)]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("w_bits", "x_bits", "head_bits"), BITS)
+@pytest.mark.parametrize("shape", [(2, 5, 36, 3, 50), (3, 70, 32, 2, 64)])
+def test_bits(kernel, shape, w_bits, x_bits, head_bits, static):
+    args = block(*shape, static=static, w_bits=w_bits, x_bits=x_bits, head_bits=head_bits)
+    if static:
+        args["fc2_x_zero_point"] = -(2 ** (x_bits - 1)) + 1
+    assert_same_bits(kernel(ops.quant_block, **args), reference(ops.quant_block, **args))
+
+
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "quick_gelu"])
 def test_activations_without_vectors(kernel, activation):
     args = block(2, 40, 64, 2, 128, activation=activation, vectors=False)
@@ -81,7 +94,7 @@ def test_refuses(impl, change, error, message):
     [
         ({"num_heads": 5}, "not q, k and v of 5 heads"),
         ({"fc1_bias": torch.zeros(63)}, "fc1 must have shape"),
-        ({"proj_w": torch.zeros(2, 64, dtype=torch.uint8)}, "w_packed must have shape"),
+        ({"proj_w": torch.zeros(2, 64, dtype=torch.uint8)}, "w_packed has shape"),
         ({"head_scale": torch.ones(3, 2)}, "head_scale must have shape"),
         ({"layer_scale2": torch.ones(1)}, "layer_scale2 must have shape"),
         ({"norm1_weight": torch.ones(33)}, "norm weight must have shape"),

@@ -92,6 +92,21 @@ def test_codes_span_minimum_to_row_maximum(impl):
     assert_nearest_codes(q, shifted / step - 128, U32 * (abs(minimum) + x.double().abs()) / step + 3 * U32 * 256)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("clip", [1.0, 0.61])
+def test_bits_and_clip(kernel, bits, clip):
+    x = torch.randn(2, 9, 70) * torch.logspace(-3, 3, 9)[:, None]
+    for kwargs in ({"clip": clip}, {"clip": clip, "minimum": x.min().item()}):
+        q, scale = kernel(ops.quantize, x, bits=bits, **kwargs)
+        assert_same_bits((q, scale), reference(ops.quantize, x, bits=bits, **kwargs))
+        assert q.min() >= -(2 ** (bits - 1)) and q.amax(-1).eq(2 ** (bits - 1) - 1).any()
+    q, scale = kernel(ops.quantize, x, bits=bits, clip=clip)
+    step = x.abs().amax(-1, keepdim=True).double() * clip / (2 ** (bits - 1) - 1)
+    assert ((scale.view(2, 9, 1) - step).abs() <= 4 * U32 * step).all()
+    static = torch.rand(70) + 0.1
+    assert_same_bits(kernel(ops.quantize, x, static, 3, bits=bits), reference(ops.quantize, x, static, 3, bits=bits))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_computes_in_float32(impl, dtype):
     x = torch.randn(5, 33).to(dtype)
@@ -120,6 +135,14 @@ def test_errors():
     message = "quantize: zero_point=5 needs a static scale; per-row scales are symmetric"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         ops.quantize(x, zero_point=5)
+    for bits in (1, 9):
+        with pytest.raises(ValueError, match=f"^quantize: bits={bits}; codes have 2 to 8 bits$"):
+            ops.quantize(x, bits=bits)
+    for clip in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match=f"^quantize: clip={clip} is outside"):
+            ops.quantize(x, clip=clip)
+    with pytest.raises(ValueError, match=r"^quantize: clip=0\.5 is for scales per row"):
+        ops.quantize(x, torch.ones(1), clip=0.5)
     message = "quantize: minimum=-1.0 is for scales per row; a static scale takes a zero_point"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         ops.quantize(x, torch.ones(1), minimum=-1.0)

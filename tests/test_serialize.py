@@ -18,7 +18,7 @@ from torch import nn
 from pyvit_accel import Recipe, accelerate, files, load, recipes, save, serialize
 from pyvit_accel.models import save_weights
 
-STATIC = recipes.w8a8(granularity="tensor")
+STATIC = recipes.integer(8, 8, granularity="tensor")
 RECIPES = {**recipes.RECIPES, "static": STATIC}
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 
@@ -209,9 +209,9 @@ def test_refuses_a_truncated_file(path, part):
 
 def test_refuses_what_a_later_release_wrote(path):
     saved(path)
-    rewrite_header(path, lambda header: header.update(version=2))
+    rewrite_header(path, lambda header: header.update(version=3))
     assert refusal(path) == (
-        "has format version 2, this release reads 1; upgrade pyvit_accel, or save the model again with this release"
+        "has format version 3, this release reads 2; upgrade pyvit_accel, or save the model again with this release"
     )
     saved(path)
     rewrite_header(path, lambda header: header["modules"][1].update({"class": "QuantTurboBlock"}))

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from pyvit_accel import reference
-from pyvit_accel.formats.packed import pack_w8
+from pyvit_accel.formats.packed import pack
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,7 +147,7 @@ def use_tile(tile):
 def linear_args(M, N, K, activation="none", x_zero_point=0, parts="", out_columns=None):
     """Arguments with the named parts: r x_scale per row, b bias, l layer scale, + residual."""
     xs = torch.randint(-128, 128, (M, K + 5), dtype=torch.int8)[:, :K]
-    w = pack_w8(torch.randint(-127, 128, (N, K), dtype=torch.int8))
+    w = pack(torch.randint(-127, 128, (N, K), dtype=torch.int8))
     return (
         xs, uniform(M if "r" in parts else 1), w, uniform(N), torch.randn(N) if "b" in parts else None, x_zero_point,
         activation, torch.randn(N) if "l" in parts else None, torch.randn(M, N + 2)[:, :N] if "+" in parts else None,
@@ -165,7 +165,7 @@ def bare_linear(x, w, x_zero_point):
     """The launcher's result with nothing in the epilogue: the integer sums."""
     from pyvit_accel import kernels
 
-    args = (a.to(DEVICE) for a in (x, torch.ones(1), pack_w8(w), torch.ones(w.shape[0])))
+    args = (a.to(DEVICE) for a in (x, torch.ones(1), pack(w), torch.ones(w.shape[0])))
     return kernels.lowbit_linear(*args, None, x_zero_point, "none", None, None, None, 0).cpu()
 
 

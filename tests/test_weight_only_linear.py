@@ -1,4 +1,4 @@
-"""weight_only_linear: float activations x int8 weights, accumulated in float32 in any order."""
+"""weight_only_linear: float activations x packed integer weights, accumulated in float32 in any order."""
 
 from __future__ import annotations
 
@@ -40,6 +40,24 @@ def test_within_bound_of_float64(impl, shape, dtype):
     x = torch.randn(M, K).to(dtype)
     assert_within_bound(impl, x, *weights(N, K), bias=torch.randn(N))
     assert_within_bound(impl, x, *weights(N, K))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize(("K", "groups"), [(60, 1), (60, 4), (192, 3), (37, 37), (130, 10), (66, 2)])
+def test_groups(impl, bits, K, groups):
+    """Identity inputs give the decoded weight bit for bit, others the product within its bound."""
+    q, w_packed, _ = weights(33, K, bits=bits)
+    scale, zero_point = torch.rand(33, groups) + 0.01, torch.randint(-9, 9, (33, groups)).float()
+    runs = q.view(33, groups, -1).float()
+    for zero in (zero_point, None):
+        w = ((runs - (0 if zero is None else zero[..., None])) * scale[..., None]).flatten(1)
+        args = w_packed, scale, torch.randn(33), zero
+        decoded = impl(ops.weight_only_linear, torch.eye(K), w_packed, scale, None, zero)
+        assert_same_bits(decoded, w.T.contiguous())
+        for M in (1, 7, 25):
+            x = torch.randn(M, K)
+            y, error = product_and_error(x, w, torch.ones(33), args[2])
+            assert ((impl(ops.weight_only_linear, x, *args).double() - y).abs() <= error).all()
 
 
 @pytest.mark.parametrize("M", range(1, 27))
@@ -87,12 +105,18 @@ def test_empty(impl, shape):
 
 def test_errors():
     _, w_packed, w_scale = weights(20, 10)
-    text = "weight_only_linear: x has K=16 and w_scale N=20, so w_packed must be (2, 320), got (2, 256)"
-    with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
-        ops.weight_only_linear(torch.zeros(2, 16), w_packed, w_scale)
+    text = "weight_only_linear: x has K=70 and w_scale N=20, but w_packed of N=20, K=70 has shape (2, 448) for 2 bits"
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        ops.weight_only_linear(torch.zeros(2, 70), w_packed, w_scale)
     text = "weight_only_linear: x must be float, got torch.int8; integer codes go to lowbit_linear"
     with pytest.raises(TypeError, match="^" + re.escape(text) + "$"):
         ops.weight_only_linear(torch.zeros(2, 10, dtype=torch.int8), w_packed, w_scale)
-    text = "weight_only_linear: x has K=10 and w_scale N=40, so w_packed must be (3, 256), got (2, 256)"
-    with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
+    text = "weight_only_linear: x has K=10 and w_scale N=40, but w_packed of N=40, K=10 has shape (3, 192) for 2 bits"
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
         ops.weight_only_linear(torch.zeros(2, 10), w_packed, torch.ones(40))
+    text = "weight_only_linear: w_scale has shape (20, 3); use (N,), or (N, G) where G divides K=10"
+    with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
+        ops.weight_only_linear(torch.zeros(2, 10), w_packed, torch.ones(20, 3))
+    text = "weight_only_linear: w_zero_point (20, 2) needs a w_scale (N, G) of its shape, got (20,)"
+    with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
+        ops.weight_only_linear(torch.zeros(2, 10), w_packed, w_scale, None, torch.zeros(20, 2))

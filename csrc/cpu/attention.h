@@ -230,7 +230,7 @@ void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, i
           for (int64_t n = 0; n < count; n += kTile) {
             const vf y = load<vf>(unfinished + r * kTiles * kTile + n);
             const int64_t to = at + r * a.H * a.D + n;
-            if (a.out_scale) store_16((int8_t*)a.out + to, to_code(y * load<vf>(out_inv_scale + n), 0.f), count - n);
+            if (a.out_scale) store_16((int8_t*)a.out + to, to_code(y * load<vf>(out_inv_scale + n), codes_of(8, 0)), count - n);
             else store_16((float*)a.out + to, y, count - n);
           }
       }

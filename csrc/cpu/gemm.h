@@ -30,13 +30,14 @@ INLINE void read_columns(Columns& c, const Epilogue& e, int64_t n, int64_t count
 template <Activation A>
 void finish(const Epilogue& epilogue, const Columns& c, const float* y, int64_t m, int rows, int64_t n, int64_t count) {
   const Epilogue e = epilogue;  // a copy: the codes written are bytes, which may alias the original
+  const Codes codes = codes_of(e.out_scale ? e.out_bits : 8, e.out_zero_point);
   for (int64_t i = 0; i < count; i += kTile)
     for (int r = 0; r < rows; ++r) {
       vf x = activate<A>(load<vf>(y + r * kTiles * kTile + i));
       if (e.layer_scale) x = x * load<vf>(c.layer_scale + i);
       if (e.residual) x = x + load_16<vf>(e.residual + (m + r) * e.residual_stride + n + i, count - i);
       const int64_t at = (m + r) * e.out_stride + n + i;
-      if (e.out_scale) store_16((int8_t*)e.out + at, to_code(x * load<vf>(c.out_inv_scale + i), (float)e.out_zero_point), count - i);
+      if (e.out_scale) store_16((int8_t*)e.out + at, to_code(x * load<vf>(c.out_inv_scale + i), codes), count - i);
       else store_16((float*)e.out + at, x, count - i);
     }
 }
@@ -48,6 +49,33 @@ inline FinishFn pick_finish(Activation a) {
     case Activation::gelu_tanh: return finish<Activation::gelu_tanh>;
     case Activation::quick_gelu: return finish<Activation::quick_gelu>;
     default: return finish<Activation::none>;
+  }
+}
+
+// Codes of fewer than 8 bits, cut into planes of kHigh and kLow bits, to bytes: chunks of kHigh + kLow registers become 8 groups.
+template <int kHigh, int kLow>
+INLINE void unpack(const uint8_t* src, uint8_t* dst, int64_t chunks) {
+  constexpr int kHalf = 1 << (kHigh + kLow - 1);
+  const auto field = [](const uint8_t* plane, int g, int width) {  // group g of a plane: field g / width of register g % width
+    return (load<vi>(plane + 64 * (g % width)) >> (g / width * width)) & (((1 << width) - 1) * 0x01010101);
+  };
+  for (int64_t c = 0; c < chunks; ++c, src += 64 * (kHigh + kLow), dst += 512) {
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
+      vi u = field(src, g, kHigh);
+      if constexpr (kLow > 0) u = (u << kLow) | field(src + 64 * kHigh, g, kLow);
+      EACH u.v[i] = (ri)((rb)u.v[i] - (int8_t)kHalf);
+      store(dst + 64 * g, u);
+    }
+  }
+}
+INLINE void unpack(int64_t bits, const uint8_t* src, uint8_t* dst, int64_t chunks) {
+  switch (bits) {
+    case 2: return unpack<2, 0>(src, dst, chunks);
+    case 3: return unpack<2, 1>(src, dst, chunks);
+    case 4: return unpack<4, 0>(src, dst, chunks);
+    case 5: return unpack<4, 1>(src, dst, chunks);
+    case 6: return unpack<4, 2>(src, dst, chunks);
   }
 }
 
@@ -63,11 +91,26 @@ INLINE void widen16(const uint8_t* src, uint8_t* dst, int64_t groups) {
 INLINE void widen_float(const uint8_t* src, uint8_t* dst, int64_t groups) {
   for (int64_t g = 0; g < groups; ++g, src += 64, dst += 256) {
     const vi v = load<vi>(src);
-    store(dst, to_float((v << 24) >> 24));
-    store(dst + 64, to_float((v << 16) >> 24));
-    store(dst + 128, to_float((v << 8) >> 24));
-    store(dst + 192, to_float(v >> 24));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store(dst + 64 * i, to_float((v << (24 - 8 * i)) >> 24));
   }
+}
+// The same for inputs in groups with a scale and a zero point of their own, for the features n .. n + count of a tile.
+INLINE void widen_grouped(const Gemm& g, int64_t n, int64_t count, const uint8_t* src, uint8_t* dst) {
+  const int64_t size = g.K / g.w_groups;
+  for (int64_t k = 0; k < g.K; k += size) {
+    alignas(64) float scale[kTile] = {}, zero_point[kTile] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      scale[i] = g.group_scale[(n + i) * g.w_groups + k / size];
+      if (g.group_zero_point) zero_point[i] = g.group_zero_point[(n + i) * g.w_groups + k / size];
+    }
+    const vf s = load<vf>(scale), z = load<vf>(zero_point);
+    for (int64_t j = k; j < k + size; ++j) {
+      const vi v = load<vi>(src + j / 4 * 64);
+      store(dst + 64 * j, (to_float((v << (int)(24 - 8 * (j % 4))) >> 24) - z) * s);
+    }
+  }
+  for (int64_t j = g.K; j < round_up(g.K, 4); ++j) store(dst + 64 * j, vf{});
 }
 
 // Rows of int8 codes as the dot product's left operand, zero padded to whole groups of four.
@@ -124,14 +167,16 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
   typedef typename std::conditional<kOperand == Operand::floats, DotF,
                                     typename std::conditional<kOperand == Operand::bytes, Dot8, Dot16>::type>::type Dot;
   constexpr int64_t kSize = kOperand == Operand::bytes ? 1 : kOperand == Operand::words ? 2 : 4;  // bytes per element
-  const int64_t padded = round_up(g.K, 4), groups = padded * kSize / 4, w_tile = tile_bytes(g.K);
+  const int64_t padded = round_up(g.K, 4), groups = padded * kSize / 4, w_tile = tile_bytes(g.K, g.w_bits);
   const int64_t x_stride = round_up(padded * kSize, 64) + 64;  // the extra line keeps rows off one cache set
   int64_t block = kBlockBytes / x_stride / kRows * kRows;
   if (block < kRows) block = kRows;
   if (block > row_end - row_begin) block = row_end - row_begin;
   uint8_t* const rows = (uint8_t*)scratch(block * x_stride + 64, 0);
-  const int64_t panel_stride = padded * kSize * kTile;
-  uint8_t* const widened = kSize > 1 ? (uint8_t*)scratch(kTiles * panel_stride + 64, 1) : nullptr;
+  // Of a panel: its codes as bytes, when they are packed tighter, then as the operands of the dot product.
+  const int64_t chunks = chunks_of(g.K), panel_stride = padded * kSize * kTile, bytes = g.w_bits < 8 ? kTiles * chunks * 512 : 0;
+  uint8_t* const unpacked = (uint8_t*)scratch(bytes + (kSize > 1 ? kTiles * panel_stride : 0) + 64, 1);
+  uint8_t* const widened = unpacked + bytes;
   const Epilogue& e = g.epilogue;
   const FinishFn finish = pick_finish(e.activation);
   alignas(64) typename Dot::acc init[kTiles * kTile];
@@ -140,7 +185,7 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
   t.a_stride = x_stride, t.groups = groups, t.init = init;
   t.x_scale_stride = e.x_scale ? e.x_scale_stride : 0;
   t.w_scale = p.columns.w_scale, t.out_inv_scale = p.columns.out_inv_scale;
-  t.residual_stride = e.residual_stride, t.out_zero_point = (float)e.out_zero_point;
+  t.residual_stride = e.residual_stride, t.out_codes = codes_of(e.out_scale ? e.out_bits : 8, e.out_zero_point);
 
   for (int64_t m0 = row_begin; m0 < row_end; m0 += block) {
     const int64_t m1 = m0 + block < row_end ? m0 + block : row_end;
@@ -161,17 +206,24 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
       read_columns(p.columns, e, p.n, p.count);
       const uint8_t* const w = g.w_packed + tile * w_tile;
       for (int i = 0; i < p.tiles; ++i) {
-        const uint8_t* tile_start = w + i * w_tile;
+        const uint8_t *tile_start = w + i * w_tile, *codes = tile_start + 64;
+        if (bytes) {
+          unpack(g.w_bits, codes, unpacked + i * chunks * 512, chunks);
+          codes = unpacked + i * chunks * 512;
+        }
         if constexpr (kOperand == Operand::floats) {
           store(init + i * kTile, vf{});
-          widen_float(tile_start + 64, widened + i * panel_stride, padded / 4);
+          uint8_t* const to = widened + i * panel_stride;
+          if (g.group_scale) widen_grouped(g, p.n + i * kTile, p.count - i * kTile < kTile ? p.count - i * kTile : kTile, codes, to);
+          else widen_float(codes, to, padded / 4);
         } else {
           const int32_t offset = (int32_t)g.x_zero_point + (kOperand == Operand::bytes ? 128 : 0);
           store(init + i * kTile, -offset * load<vi>(tile_start));
-          if constexpr (kOperand == Operand::words) widen16(tile_start + 64, widened + i * panel_stride, padded / 4);
+          if constexpr (kOperand == Operand::words) widen16(codes, widened + i * panel_stride, padded / 4);
         }
       }
-      t.b = kSize > 1 ? widened : w + 64, t.b_stride = kSize > 1 ? panel_stride : w_tile;
+      t.b = kSize > 1 ? widened : bytes ? unpacked : w + 64;
+      t.b_stride = kSize > 1 ? panel_stride : bytes ? chunks * 512 : w_tile;
       t.layer_scale = p.direct && e.layer_scale ? p.columns.layer_scale : nullptr;
       t.out_stride = p.direct ? e.out_stride : kTiles * kTile;
       // Row tiles, as even as they come: a low one starves for weights. Each fetches its share of the panel after this one,

@@ -18,9 +18,12 @@ inline Activation parse_activation(std::string_view name) {
   TORCH_CHECK_VALUE(false, "activation must be none, gelu, gelu_tanh or quick_gelu, got ", name);
 }
 
-inline void check_packed(const at::Tensor& w_packed, int64_t N, int64_t K) {
+// The number of bits of the N x K codes in w_packed, which its shape tells.
+inline int64_t packed_bits(const at::Tensor& w_packed, int64_t N, int64_t K) {
   check_dtype(w_packed, at::kByte, "w_packed");
-  check_shape(w_packed, {num_tiles(N), tile_bytes(K)}, "w_packed");
+  for (const int64_t bits : {8, 4, 2, 3, 5, 6})
+    if (w_packed.dim() == 2 && w_packed.size(0) == num_tiles(N) && w_packed.size(1) == tile_bytes(K, bits)) return bits;
+  TORCH_CHECK_VALUE(false, "w_packed has shape ", w_packed.sizes(), ", which holds no ", N, " x ", K, " codes");
 }
 
 // How many threads a parallel_for here would get.

@@ -9,17 +9,19 @@
 
 namespace pyvit_accel {
 
-// Packed weights, "W8 v1" (formats/packed.py): tiles of 16 output features. A tile is 16 int32 sums over k of the codes,
-// then ceil(K / 4) groups of 64 bytes; byte 4 n + i of group g is the code of feature n, input 4 g + i.
-constexpr int64_t kTile = 16;
+// Packed weights of 2, 3, 4, 5, 6 or 8 bits (formats/packed.py): tiles of 16 output features. A tile is 16 int32 sums over k
+// of the codes, then chunks of 32 inputs, 64 bytes a bit. A chunk is 8 groups; a group is 64 codes, 16 features x 4 inputs,
+// and unpacked one byte each: byte 4 n + i of group g is the code of feature n, input 4 g + i.
+constexpr int64_t kTile = 16, kChunk = 32;
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t num_tiles(int64_t N) { return round_up(N, kTile) / kTile; }
-inline int64_t tile_bytes(int64_t K) { return 64 + round_up(K, 4) * kTile; }
+inline int64_t chunks_of(int64_t K) { return round_up(K, kChunk) / kChunk; }
+inline int64_t tile_bytes(int64_t K, int64_t bits) { return 64 + chunks_of(K) * 64 * bits; }
 
 enum class Activation : int64_t { none, gelu, gelu_tanh, quick_gelu };
 
 // y = acc * (x_scale * w_scale), + bias, activation, * layer_scale, + residual, then float32 out or
-// code = clip(rint(y * (1 / out_scale)) + out_zero_point, -128, 127). Null pointers are steps left out.
+// code = clip(rint(y * (1 / out_scale)) + out_zero_point) to -2^(out_bits-1) .. 2^(out_bits-1)-1. Null pointers are steps left out.
 struct Epilogue {
   const float* x_scale;  // null: 1
   int64_t x_scale_stride;  // 0: one for all rows, 1: one per row
@@ -34,6 +36,7 @@ struct Epilogue {
   const float* out_scale;  // null: float32 out
   int64_t out_scale_stride;  // 0: one for all features, 1: one per feature
   int64_t out_zero_point;
+  int64_t out_bits;
   void* out;
   int64_t out_stride;
 };
@@ -43,6 +46,11 @@ struct Gemm {
   int64_t x_stride;  // elements between rows
   int64_t x_zero_point;
   const uint8_t* w_packed;
+  int64_t w_bits;
+  // Weight-only: w = (q - zero point) * scale for every group of K / w_groups inputs, (N, w_groups); no zero points: null;
+  // no groups: the epilogue has the scale.
+  const float *group_scale, *group_zero_point;
+  int64_t w_groups;
   int64_t M, N, K;
   const uint8_t* then;  // what is read after this product, to be fetched at its end; may be null
   Epilogue epilogue;
@@ -58,7 +66,9 @@ struct Rows {
   const float* scale;  // static; null: per row
   int64_t scale_stride;  // 0: one, 1: one per column
   int64_t zero_point;
-  bool has_minimum;  // dynamic only: codes -128..127 span minimum..max x instead of -max |x|..max |x|
+  int64_t bits = 8;
+  float clip = 1;  // dynamic only: the part of a row's range that the codes span
+  bool has_minimum;  // dynamic only: the codes span minimum..max x instead of -max |x|..max |x|
   float minimum;
   int8_t* out;  // (M, K)
   float* out_scale;  // (M,), dynamic only

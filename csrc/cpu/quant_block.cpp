@@ -18,20 +18,25 @@ namespace {
 struct Linear {
   at::Tensor w_packed, w_scale;
   std::optional<at::Tensor> bias;
-  int64_t N, K;
+  int64_t N, K, w_bits, x_bits;
+  float x_clip;
 
-  Linear(const at::Tensor& w, const at::Tensor& scale, const std::optional<at::Tensor>& b, int64_t k, const char* what)
-      : w_packed(w.contiguous()), w_scale(scale.contiguous()), bias(float_features(b, scale.numel(), what)), N(scale.numel()), K(k) {
-    check_dtype(scale, at::kFloat, what), check_packed(w_packed, N, K);
+  Linear(const at::Tensor& w, const at::Tensor& scale, const std::optional<at::Tensor>& b, int64_t k, int64_t bits, double clip,
+         const char* what)
+      : w_packed(w.contiguous()), w_scale(scale.contiguous()), bias(float_features(b, scale.numel(), what)), N(scale.numel()), K(k),
+        w_bits(packed_bits(w_packed, N, K)), x_bits(bits), x_clip((float)clip) {
+    check_dtype(scale, at::kFloat, what), check_bits(x_bits);
   }
   const uint8_t* weights() const { return w_packed.const_data_ptr<uint8_t>(); }
   Gemm gemm() const {
     Gemm g = {};
-    g.x_stride = K, g.w_packed = weights(), g.N = N, g.K = K;
+    g.x_stride = K, g.w_packed = weights(), g.w_bits = w_bits, g.N = N, g.K = K;
     Epilogue& e = g.epilogue;
     e.w_scale = w_scale.const_data_ptr<float>(), e.bias = data_or_null(bias), e.bias_rows = 1, e.out_stride = N;
     return g;
   }
+  // The codes it reads, of rows of floats.
+  void set_codes(Rows& p) const { p.bits = x_bits, p.clip = x_clip; }
 };
 
 std::optional<at::Tensor> one_or_all(const std::optional<at::Tensor>& t, int64_t n, const char* what) {
@@ -77,7 +82,7 @@ struct Block {
   Linear qkv, proj, fc1, fc2;
   std::optional<at::Tensor> layer_scale1, layer_scale2, head_scale, qkv_scale, fc2_scale;
   Activation activation;
-  int64_t fc2_zero_point;
+  int64_t head_bits, fc2_zero_point;
   std::optional<double> fc2_minimum;
   int64_t N, C, H, D, hidden, tokens;  // of one image; tokens: how many are wanted
   float softmax_scale;
@@ -111,16 +116,16 @@ struct Block {
       float* const row_scale = (float*)(own + round_up(panels.rows * C, 64));
       float* const wide = (float*)((uint8_t*)row_scale + round_up(4 * panels.rows, 64));
       int8_t* const codes = shared.codes + m * 3 * inner();
-      norm(norm1, eps1, x + m * C, rows, own, row_scale);
+      norm(norm1, eps1, qkv, x + m * C, rows, own, row_scale);
       Gemm g = qkv.gemm();
       g.x = own, g.M = rows, g.then = g.w_packed;
       read_norm(g, norm1, row_scale);
       g.epilogue.out = wide;
-      if (head_scale) g.epilogue.out = codes, g.epilogue.out_scale = data_or_null(qkv_scale), g.epilogue.out_scale_stride = 1;
+      if (head_scale) g.epilogue.out = codes, g.epilogue.out_scale = data_or_null(qkv_scale), g.epilogue.out_scale_stride = 1, g.epilogue.out_bits = head_bits;
       timed(Phase::qkv, [&] { k.lowbit_linear(g, 0, rows, 0, num_tiles(g.N)); });
       if (head_scale) return;
       Rows heads = {};
-      heads.x = wide, heads.x_stride = heads.K = D, heads.out = codes, heads.out_scale = shared.scales + m * 3 * H;
+      heads.x = wide, heads.x_stride = heads.K = D, heads.out = codes, heads.out_scale = shared.scales + m * 3 * H, heads.bits = head_bits;
       timed(Phase::quantize, [&] { k.quantize(heads, 0, rows * 3 * H); });
     });
   }
@@ -175,6 +180,7 @@ struct Block {
     }
     Rows q = {};
     q.x = shared.attended + m * inner(), q.x_stride = q.K = inner(), q.out = (int8_t*)own, q.out_scale = row_scale;
+    proj.set_codes(q);
     timed(Phase::quantize, [&] { k.quantize(q, 0, rows); });
     Gemm g = proj.gemm();
     g.x = own, g.M = rows, g.then = fc1.weights();
@@ -182,7 +188,7 @@ struct Block {
     add_to(g, residual, layer_scale1, y);
     matmul(Phase::proj, g);
 
-    norm(norm2, eps2, y, rows, own, row_scale);
+    norm(norm2, eps2, fc1, y, rows, own, row_scale);
     g = fc1.gemm();
     g.x = own, g.M = rows, g.then = fc2.weights();
     read_norm(g, norm2, row_scale);
@@ -190,7 +196,7 @@ struct Block {
     if (fc2_scale) {
       g.epilogue.activation = activation;
       g.epilogue.out_scale = data_or_null(fc2_scale), g.epilogue.out_scale_stride = fc2_scale->numel() > 1;
-      g.epilogue.out_zero_point = fc2_zero_point;
+      g.epilogue.out_zero_point = fc2_zero_point, g.epilogue.out_bits = fc2.x_bits;
     }
     matmul(Phase::fc1, g);
 
@@ -202,6 +208,7 @@ struct Block {
       Rows act = {};
       act.x = wide, act.x_stride = act.K = hidden, act.out = (int8_t*)own, act.out_scale = row_scale;
       act.has_minimum = fc2_minimum.has_value(), act.minimum = (float)fc2_minimum.value_or(0);
+      fc2.set_codes(act);
       timed(Phase::activation, [&] { k.activate_quantize(act, activation, 0, rows); });
       g.x = own;
       read_rows(g, row_scale);
@@ -210,9 +217,10 @@ struct Block {
     matmul(Phase::fc2, g);
   }
 
-  void norm(const Norm& n, double eps, const float* x, int64_t rows, uint8_t* codes, float* row_scale) const {
+  void norm(const Norm& n, double eps, const Linear& reader, const float* x, int64_t rows, uint8_t* codes, float* row_scale) const {
     Rows p = n.rows(eps);
     p.x = x, p.out = (int8_t*)codes, p.out_scale = row_scale;
+    reader.set_codes(p);
     timed(Phase::norm, [&] { kernels().norm_quant(p, 0, rows); });
   }
   static void read_rows(Gemm& g, const float* row_scale) { g.epilogue.x_scale = row_scale, g.epilogue.x_scale_stride = 1; }
@@ -230,13 +238,13 @@ struct Block {
 
 at::Tensor quant_block(
     const at::Tensor& x_in, const at::Tensor& norm1_weight, const at::Tensor& norm1_bias, double norm1_eps,
-    const std::optional<at::Tensor>& qkv_x_scale, const at::Tensor& qkv_w, const at::Tensor& qkv_w_scale,
+    const std::optional<at::Tensor>& qkv_x_scale, int64_t qkv_x_bits, double qkv_x_clip, const at::Tensor& qkv_w, const at::Tensor& qkv_w_scale,
     const std::optional<at::Tensor>& qkv_bias, int64_t num_heads, double softmax_scale,
-    const std::optional<at::Tensor>& head_scale, const at::Tensor& proj_w, const at::Tensor& proj_w_scale,
+    const std::optional<at::Tensor>& head_scale, int64_t head_bits, int64_t proj_x_bits, double proj_x_clip, const at::Tensor& proj_w, const at::Tensor& proj_w_scale,
     const std::optional<at::Tensor>& proj_bias, const std::optional<at::Tensor>& layer_scale1, const at::Tensor& norm2_weight,
-    const at::Tensor& norm2_bias, double norm2_eps, const std::optional<at::Tensor>& fc1_x_scale, const at::Tensor& fc1_w,
+    const at::Tensor& norm2_bias, double norm2_eps, const std::optional<at::Tensor>& fc1_x_scale, int64_t fc1_x_bits, double fc1_x_clip, const at::Tensor& fc1_w,
     const at::Tensor& fc1_w_scale, const std::optional<at::Tensor>& fc1_bias, std::string_view activation,
-    const std::optional<at::Tensor>& fc2_x_scale, int64_t fc2_x_zero_point, std::optional<double> fc2_x_minimum,
+    const std::optional<at::Tensor>& fc2_x_scale, int64_t fc2_x_bits, double fc2_x_clip, int64_t fc2_x_zero_point, std::optional<double> fc2_x_minimum,
     const at::Tensor& fc2_w, const at::Tensor& fc2_w_scale, const std::optional<at::Tensor>& fc2_bias,
     const std::optional<at::Tensor>& layer_scale2, int64_t tokens) {
   check_dtype(x_in, at::kFloat, "x");
@@ -254,13 +262,16 @@ at::Tensor quant_block(
     check_dtype(*head_scale, at::kFloat, "head_scale"), check_shape(*head_scale, {3, H, 1}, "head_scale");
     qkv_scale = head_scale->expand({3, H, D}).reshape({3 * inner});
   }
+  check_bits(head_bits);
   const Block block = {
       norm_of(norm1_weight, norm1_bias, qkv_x_scale, C), norm_of(norm2_weight, norm2_bias, fc1_x_scale, C), norm1_eps, norm2_eps,
-      Linear(qkv_w, qkv_w_scale, qkv_bias, C, "qkv"), Linear(proj_w, proj_w_scale, proj_bias, inner, "proj"),
-      Linear(fc1_w, fc1_w_scale, fc1_bias, C, "fc1"), Linear(fc2_w, fc2_w_scale, fc2_bias, hidden, "fc2"),
+      Linear(qkv_w, qkv_w_scale, qkv_bias, C, qkv_x_bits, qkv_x_clip, "qkv"),
+      Linear(proj_w, proj_w_scale, proj_bias, inner, proj_x_bits, proj_x_clip, "proj"),
+      Linear(fc1_w, fc1_w_scale, fc1_bias, C, fc1_x_bits, fc1_x_clip, "fc1"),
+      Linear(fc2_w, fc2_w_scale, fc2_bias, hidden, fc2_x_bits, fc2_x_clip, "fc2"),
       float_features(layer_scale1, C, "layer_scale1"), float_features(layer_scale2, C, "layer_scale2"),
       head_scale ? std::optional<at::Tensor>(head_scale->contiguous()) : std::nullopt, qkv_scale,
-      one_or_all(fc2_x_scale, hidden, "fc2_x_scale"), parse_activation(activation), fc2_x_zero_point, fc2_x_minimum,
+      one_or_all(fc2_x_scale, hidden, "fc2_x_scale"), parse_activation(activation), head_bits, fc2_x_zero_point, fc2_x_minimum,
       N, C, H, D, hidden, tokens, (float)softmax_scale};
   const at::Tensor out = at::empty({B, tokens, C}, x.options());
   if (out.numel() == 0) return out;

@@ -16,7 +16,6 @@ at::Tensor quant_patch_embed(const at::Tensor& images, const at::Tensor& w_packe
                     images.sizes());
   const int64_t rows = images.size(2) / p, cols = images.size(3) / p, P = rows * cols, K = C * p * p, N = w_scale_in.numel();
   const at::Tensor packed = w_packed.contiguous(), w_scale = w_scale_in.contiguous(), bias = bias_in.contiguous();
-  check_packed(packed, N, K);
   if (bias.dim() == 1) check_shape(bias, {N}, "bias"); else check_shape(bias, {P, N}, "bias");
   const at::Tensor codes = at::empty({B * P, K}, images.options().dtype(at::kChar));
   const at::Tensor out = at::empty({B, P, N}, images.options().dtype(at::kFloat));
@@ -42,10 +41,10 @@ at::Tensor quant_patch_embed(const at::Tensor& images, const at::Tensor& w_packe
   };
   Gemm g = {};
   g.x = dst, g.x_stride = K, g.x_zero_point = -128;
-  g.w_packed = packed.const_data_ptr<uint8_t>();
+  g.w_packed = packed.const_data_ptr<uint8_t>(), g.w_bits = packed_bits(packed, N, K);
   g.M = B * P, g.N = N, g.K = K;
   g.epilogue = {nullptr, 0, w_scale.const_data_ptr<float>(), bias.const_data_ptr<float>(), bias.dim() == 1 ? 1 : P, N,
-                Activation::none, nullptr, nullptr, 0, nullptr, 0, 0, out.data_ptr(), N};
+                Activation::none, nullptr, nullptr, 0, nullptr, 0, 0, 8, out.data_ptr(), N};
   // A thread gathers the rows it multiplies, so nobody waits between the two.
   const int64_t panel = (g.M + free_threads() - 1) / free_threads();
   at::parallel_for(0, g.M, std::max<int64_t>(panel, 12), [&](int64_t begin, int64_t end) {

@@ -4,11 +4,14 @@
 namespace pyvit_accel {
 namespace {
 
-at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, int64_t zero_point) {
-  return std::get<0>(rows_op(x, scale, zero_point, {}, kernels().quantize));
-}
-std::tuple<at::Tensor, at::Tensor> quantize_dynamic(const at::Tensor& x, std::optional<double> minimum) {
+at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, int64_t zero_point, int64_t bits) {
   Rows p = {};
+  p.bits = bits;
+  return std::get<0>(rows_op(x, scale, zero_point, p, kernels().quantize));
+}
+std::tuple<at::Tensor, at::Tensor> quantize_dynamic(const at::Tensor& x, std::optional<double> minimum, int64_t bits, double clip) {
+  Rows p = {};
+  p.bits = bits, p.clip = (float)clip;
   p.has_minimum = minimum.has_value(), p.minimum = (float)minimum.value_or(0);
   return rows_op(x, std::nullopt, 0, p, kernels().quantize);
 }

@@ -34,9 +34,12 @@ INLINE void moments(const float* x, int64_t K, double* mean, double* variance) {
 }
 
 // Of a row found at run time; formats/affine.py: scale_of.
-INLINE float scale_of(float peak, bool has_minimum) {
-  const float scale = peak / (has_minimum ? 255.f : 127.f);
+INLINE float scale_of(const Rows& p, float peak) {
+  const float scale = peak * p.clip / (float)((1 << (p.has_minimum ? p.bits : p.bits - 1)) - 1);
   return scale > 1e-30f ? scale : 1e-30f;
+}
+INLINE Codes codes_of(const Rows& p) {
+  return codes_of(p.bits, p.scale ? p.zero_point : p.has_minimum ? -((int64_t)1 << (p.bits - 1)) : 0);
 }
 
 template <bool kNorm>
@@ -46,7 +49,7 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
   const float *weight = p.weight, *bias = p.bias, *scale_k = p.scale_stride ? p.scale : nullptr, minimum = p.minimum;
   const bool fixed = p.scale != nullptr, has_minimum = p.has_minimum;
   const vf inv = fixed ? 1.f / splat(*p.scale) : vf{};
-  const float zero_point = fixed ? (float)p.zero_point : has_minimum ? -128.f : 0.f;
+  const Codes codes = codes_of(p);
   float* const y = fixed ? nullptr : (float*)scratch(kBatch * padded * sizeof(float), 0);
   for (int64_t m = row_begin; m < row_end; m += kBatch) {
     const int rows = row_end - m < kBatch ? (int)(row_end - m) : kBatch;
@@ -70,7 +73,7 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
           v = v * load_16<vf>(weight + k, n) + load_16<vf>(bias + k, n);
         }
         if (fixed) {
-          const vb q = to_code(v * (scale_k ? 1.f / load_16<vf>(scale_k + k, n) : inv), zero_point);
+          const vb q = to_code(v * (scale_k ? 1.f / load_16<vf>(scale_k + k, n) : inv), codes);
           store_16(out + r * K + k, q, n);
         } else {
           if (has_minimum) v = v - minimum;
@@ -84,13 +87,13 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
     if (fixed) continue;
     float inverse[kBatch];
     for (int r = 0; r < rows; ++r) {
-      const float scale = scale_of(peak[r], has_minimum);
+      const float scale = scale_of(p, peak[r]);
       p.out_scale[m + r] = scale;
       inverse[r] = 1.f / scale;
     }
     for (int r = 0; r < rows; ++r)
       for (int64_t k = 0; k < K; k += 16)
-        store_16(out + r * K + k, to_code(load<vf>(y + r * padded + k) * inverse[r], zero_point), K - k);
+        store_16(out + r * K + k, to_code(load<vf>(y + r * padded + k) * inverse[r], codes), K - k);
   }
 }
 
@@ -112,17 +115,18 @@ INLINE void activate_quantize_row(const Rows& p, int64_t m) {
   const auto size = [&](vf v) { return p.has_minimum ? v : vabs(v); };
   vf top = splat(x[0]);
   for (int64_t k = 0; k < K; k += 16) top = vmax(top, load_16_or(x + k, K - k, x[0]));
+  const Codes codes = codes_of(p);
   float peak = hmax(size(value(splat(hmax(top)))));
   for (int pass = 0; pass < 2; ++pass) {
-    const float scale = scale_of(peak, p.has_minimum);
+    const float scale = scale_of(p, peak);
     p.out_scale[m] = scale;
-    const float inv = 1.f / scale, zero_point = p.has_minimum ? -128.f : 0.f;
+    const float inv = 1.f / scale;
     int8_t* out = p.out + m * K;
     vf seen = {};
     for (int64_t k = 0; k < K; k += 16) {
       const vf v = value(load_16_or(x + k, K - k, x[0]));
       seen = vmax(seen, size(v));
-      store_16(out + k, to_code(v * inv, zero_point), K - k);
+      store_16(out + k, to_code(v * inv, codes), K - k);
     }
     const float found = hmax(seen);
     if (found == peak) break;

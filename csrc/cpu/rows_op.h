@@ -15,7 +15,7 @@ using RowsFn = void (*)(const Rows&, int64_t, int64_t);
 // scale: static, (1,) or (K,); nullopt: one per row, returned beside the codes.
 inline std::tuple<at::Tensor, at::Tensor> rows_op(const at::Tensor& x_in, const std::optional<at::Tensor>& scale_in,
                                                   int64_t zero_point, Rows p, RowsFn fn) {
-  check_dtype(x_in, at::kFloat, "x");
+  check_dtype(x_in, at::kFloat, "x"), check_bits(p.bits);
   TORCH_CHECK_VALUE(x_in.dim() == 2, "x must be (M, K), got ", x_in.sizes());
   const at::Tensor x = contiguous_rows(x_in);
   const int64_t M = x.size(0), K = x.size(1);

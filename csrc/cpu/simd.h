@@ -12,6 +12,7 @@
 constexpr int kParts = 64 / REGISTER_BYTES;
 typedef float rf __attribute__((vector_size(REGISTER_BYTES)));
 typedef int32_t ri __attribute__((vector_size(REGISTER_BYTES)));
+typedef int8_t rb __attribute__((vector_size(REGISTER_BYTES)));
 typedef double rd __attribute__((vector_size(REGISTER_BYTES)));
 #define EACH _Pragma("GCC unroll 8") for (int i = 0; i < kParts; ++i)
 
@@ -213,7 +214,11 @@ template <Activation A> INLINE vf activate(vf x) {
   return x;
 }
 
-INLINE vb to_code(vf y, float zero_point) {  // clip before rounding: the same integer, and to_int stays in range
-  y = vmin(vmax(y, -128.f - zero_point), 127.f - zero_point);
-  return to_bytes(to_int(y) + (int32_t)zero_point);
+// The codes of some number of bits, seen from zero: what to clip to before rounding, which gives the same integer and keeps
+// to_int in range.
+struct Codes { float lo, hi; int32_t zero_point; };
+INLINE Codes codes_of(int64_t bits, int64_t zero_point) {
+  const int64_t half = (int64_t)1 << (bits - 1);
+  return {(float)(-half - zero_point), (float)(half - 1 - zero_point), (int32_t)zero_point};
 }
+INLINE vb to_code(vf y, Codes c) { return to_bytes(to_int(vmin(vmax(y, c.lo), c.hi)) + c.zero_point); }

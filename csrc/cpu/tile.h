@@ -72,7 +72,7 @@ struct Tile {
   const float* residual;
   int64_t residual_stride;
   const float* out_inv_scale;
-  float out_zero_point;
+  Codes out_codes;
   void* out;
   int64_t out_stride;
 };
@@ -128,7 +128,7 @@ __attribute__((noinline)) void tile(const Tile& args) {
   if (t.residual) EVERY y[r][v] = y[r][v] + load<vf>(t.residual + r * t.residual_stride + 16 * v);
   if constexpr (kCodes) {
     EVERY store((int8_t*)t.out + r * t.out_stride + 16 * v,
-                to_code(y[r][v] * load<vf>(t.out_inv_scale + 16 * v), t.out_zero_point));
+                to_code(y[r][v] * load<vf>(t.out_inv_scale + 16 * v), t.out_codes));
   } else {
     EVERY store((float*)t.out + r * t.out_stride + 16 * v, y[r][v]);
   }

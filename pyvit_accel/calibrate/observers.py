@@ -91,13 +91,20 @@ class Observed:
     def output(self, layer: nn.Module) -> Activation:
         return self._get(self._outputs, layer)
 
+    def name(self, layer: nn.Module) -> str:
+        """The dotted name of a watched layer."""
+        return self._names[self._known(layer)]
+
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self._inputs
 
-    def _get(self, seen: dict, layer: nn.Module) -> Activation:
+    def _known(self, layer: nn.Module) -> nn.Module:
         if layer not in self._names:
             raise Unsupported(f"this {type(layer).__name__} was not observed; name it in observe(modules=...)")
-        if layer not in seen:
+        return layer
+
+    def _get(self, seen: dict, layer: nn.Module) -> Activation:
+        if self._known(layer) not in seen:
             raise Unsupported(f"no calibration batch reached {self._names[layer]}; it has no statistics")
         return seen[layer]
 

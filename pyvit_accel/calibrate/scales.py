@@ -84,7 +84,7 @@ def percentile_search(
     least = torch.full_like(ordered[:, 0], torch.inf)
     scale, zero_point = torch.ones_like(least), torch.zeros_like(least)
     for percentile in percentiles:
-        lo, hi = _interpolated(ordered, 100 - percentile), _interpolated(ordered, percentile)
+        lo, hi = interpolated_percentile(ordered, 100 - percentile), interpolated_percentile(ordered, percentile)
         width = torch.maximum(hi - lo, (hi - lo).max() * smallest)
         step = _nonzero(torch.where(width > 0, width / (q_hi - q_lo), lo.abs()))  # a constant is one step from zero
         offset = q_lo - (lo / step).round()
@@ -140,7 +140,7 @@ def _quantile(x: Tensor, percentile: float) -> Tensor:
     return x.topk(above + 1, dim=1).values[:, -1]
 
 
-def _interpolated(ordered: Tensor, percentile: float) -> Tensor:
+def interpolated_percentile(ordered: Tensor, percentile: float) -> Tensor:
     """The percentile of each ascending row (G, R), linear between entries, as torch.quantile."""
     at = percentile / 100 * (ordered.shape[1] - 1)
     below = min(int(at), ordered.shape[1] - 2) if ordered.shape[1] > 1 else 0

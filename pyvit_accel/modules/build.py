@@ -1,4 +1,6 @@
-"""From parts to modules: where ranges are folded into weights and scales are set.
+"""From parts to modules: where ranges are folded into weights, and formats and scales are set.
+
+    parts --plan_block--> BlockPlan, in floats --(searches of calibrate/)--> BlockPlan --pack_block--> QuantBlock
 
 Calibration gives q, k and v one static scale per head, and evens out the channels of the norm outputs
 (calibrate/fold.py): the fold goes into the norm and, undone, into the next weight. Norm, attention and GELU outputs
@@ -8,14 +10,16 @@ and a block is 5 % faster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pyvit_accel import calibrate
-from pyvit_accel.calibrate import Activation, Observed
+from pyvit_accel.calibrate import Activation, BlockPlan, LinearPlan, Observed
+from pyvit_accel.formats import packed
 
 from .parts import AttentionParts, BlockParts, MlpParts
 from .quant_attention import QuantAttention
@@ -27,15 +31,22 @@ GELU_MINIMUM = -0.1701  # just below the smallest value of any GELU: -0.16997 ex
 
 
 @dataclass(frozen=True)
-class Scales:
-    """Where the scales of a block's activations come from.
+class Scheme:
+    """The number formats of a model, and how their scales are found.
 
+    w_bits, x_bits   of the codes of weights and of their inputs
+    head_bits        of the codes of q, k and v
+    layers           (glob, w_bits, x_bits): other numbers for Linears by their dotted name; the first that matches
     observed         what calibration saw; None: every scale is found per token at run time
     observer         "minmax", "percentile" or "mse": how a static scale follows from what was seen
     granularity      of norm and GELU outputs: "token", found at run time, or "tensor", static
     bias_correction  keep the mean output of every static Linear where the calibration data had it
     """
 
+    w_bits: int = 8
+    x_bits: int = 8
+    head_bits: int = 8
+    layers: tuple[tuple[str, int, int], ...] = ()
     observed: Observed | None = None
     observer: str = "minmax"
     granularity: str = "token"
@@ -44,103 +55,162 @@ class Scales:
     def __post_init__(self) -> None:
         for name, choices in (("observer", ("minmax", "percentile", "mse")), ("granularity", ("token", "tensor"))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"Scales: {name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+                raise ValueError(f"Scheme: {name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for what, w_bits, x_bits in (("", self.w_bits, self.x_bits), *self.layers):
+            where = f"Scheme of {what}" if what else "Scheme"
+            packed.check_bits(f"{where}: weights", w_bits)
+            if not 3 <= x_bits <= 8:
+                raise ValueError(f"{where}: activations: bits={x_bits} is outside 3..8")
+        if not 3 <= self.head_bits <= 8:
+            raise ValueError(f"Scheme: head_bits={self.head_bits} is outside 3..8")
+
+    def bits(self, linear: nn.Linear) -> dict[str, int]:
+        """w_bits and x_bits of a Linear."""
+        name = "" if self.observed is None else self.observed.name(linear)
+        for glob, w_bits, x_bits in self.layers:
+            if fnmatchcase(name, glob):
+                return {"w_bits": w_bits, "x_bits": x_bits}
+        return {"w_bits": self.w_bits, "x_bits": self.x_bits}
 
     @property
     def symmetric(self) -> partial:
         return partial(calibrate.symmetric_scale, method=self.observer)
 
 
-def quant_linear(linear: nn.Linear) -> QuantLinear:
+def quant_linear(linear: nn.Linear, scheme: Scheme, x_minimum: float | None = None) -> QuantLinear:
     """A scale per token: a layer that reads floats has to pass over them anyway, and this is the more accurate one."""
-    return QuantLinear.from_linear(linear)
+    return QuantLinear.from_plan(_dynamic((linear,), scheme, x_minimum))
 
 
-def quant_mlp(parts: MlpParts, scales: Scales) -> QuantMlp:
-    return QuantMlp(quant_linear(parts.fc1), _fc2(parts.fc2, scales), parts.activation)
+def quant_mlp(parts: MlpParts, scheme: Scheme) -> QuantMlp:
+    fc2 = QuantLinear.from_plan(_fc2(parts.fc2, scheme))
+    return QuantMlp(quant_linear(parts.fc1, scheme), fc2, parts.activation)
 
 
-def quant_attention(parts: AttentionParts, scales: Scales) -> QuantAttention:
-    return _attention(parts, QuantLinear.from_weight(*_fused(parts.qkv)), scales)
+def quant_attention(parts: AttentionParts, scheme: Scheme) -> QuantAttention:
+    qkv, proj = _dynamic(parts.qkv, scheme), _dynamic((parts.proj,), scheme)
+    return _attention(parts, qkv, proj, _head_scale(parts, scheme), scheme.head_bits)
 
 
-def quant_block(parts: BlockParts, scales: Scales) -> QuantBlock:
+def quant_block(parts: BlockParts, scheme: Scheme) -> QuantBlock:
+    return pack_block(plan_block(parts, scheme), parts)
+
+
+def plan_block(parts: BlockParts, scheme: Scheme) -> BlockPlan:
+    """All folds made and all formats chosen; the weights are floats still."""
     attention, mlp = parts.attention, parts.mlp
-    norm1, qkv = _norm_and_linear(parts.norm1, attention.qkv, scales)
-    norm2, fc1 = _norm_and_linear(parts.norm2, (mlp.fc1,), scales)
+    norm1, qkv = _norm_and_linear(parts.norm1, attention.qkv, scheme)
+    norm2, fc1 = _norm_and_linear(parts.norm2, (mlp.fc1,), scheme)
     for s in (parts.layer_scale1, parts.layer_scale2):
         check_finite("layer_scale", s)
     layer_scales = [None if s is None else s.detach().float().clone() for s in (parts.layer_scale1, parts.layer_scale2)]
-    return QuantBlock(
-        norm1,
-        _attention(attention, qkv, scales),
-        norm2,
-        QuantMlp(fc1, _fc2(mlp.fc2, scales), mlp.activation),
-        *layer_scales,
+    return BlockPlan(
+        norm1=norm1,
+        qkv=qkv,
+        num_heads=attention.num_heads,
+        softmax_scale=attention.scale,
+        head_bits=scheme.head_bits,
+        head_scale=_head_scale(attention, scheme),
+        proj=_dynamic((attention.proj,), scheme),
+        layer_scale1=layer_scales[0],
+        norm2=norm2,
+        fc1=fc1,
+        activation=mlp.activation,
+        fc2=_fc2(mlp.fc2, scheme),
+        layer_scale2=layer_scales[1],
     )
 
 
-def _static(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, x_scale: Tensor, x_zero_point: int, scales: Scales
-) -> QuantLinear:
-    """A static QuantLinear; mean (K,) is its input's over the calibration data."""
-    new = QuantLinear.from_weight(weight, bias, x_scale, x_zero_point)
-    if not scales.bias_correction:
-        return new
-    ratio = x_scale if x_scale.numel() > 1 else 1.0  # what the packed weight contains
-    change = calibrate.bias_correction(weight * ratio, new.dequantized_weight(), mean / ratio)
-    new.bias = change if new.bias is None else new.bias + change
-    return new
+def pack_block(plan: BlockPlan, parts: BlockParts) -> QuantBlock:
+    """The module that computes what the plan says; parts has the norms of q and k, which no plan changes."""
+    norm1, norm2 = (
+        _norm(norm, weight, bias)
+        for norm, (weight, bias, _) in ((parts.norm1, plan.norm1), (parts.norm2, plan.norm2))
+    )
+    mlp = QuantMlp(QuantLinear.from_plan(plan.fc1), QuantLinear.from_plan(plan.fc2), plan.activation)
+    attention = _attention(parts.attention, plan.qkv, plan.proj, plan.head_scale, plan.head_bits)
+    return QuantBlock(norm1, attention, norm2, mlp, plan.layer_scale1, plan.layer_scale2)
+
+
+def _plan(linears: tuple[nn.Linear, ...], scheme: Scheme, **fields) -> LinearPlan:
+    """Of Linears that read the same input, as one; fields: of LinearPlan, weight and bias among them after a fold."""
+    if "weight" not in fields:
+        fields["weight"], fields["bias"] = _fused(linears)
+    seen = None if scheme.observed is None or linears[0] not in scheme.observed else scheme.observed.input(linears[0])
+    return LinearPlan(**({"seen": seen} | scheme.bits(linears[0]) | fields))
+
+
+def _dynamic(linears: tuple[nn.Linear, ...], scheme: Scheme, x_minimum: float | None = None) -> LinearPlan:
+    return _plan(linears, scheme, x_minimum=x_minimum)
+
+
+def _static(plan: LinearPlan, mean: Tensor, scheme: Scheme) -> LinearPlan:
+    """With the bias corrected; mean (K,) is the input's over the calibration data."""
+    if not scheme.bias_correction:
+        return plan
+    change = calibrate.bias_correction(plan.weight, plan.weight_hat(), mean)
+    return replace(plan, bias=change if plan.bias is None else plan.bias + change)
 
 
 def _norm_and_linear(
-    norm: nn.LayerNorm, linears: tuple[nn.Linear, ...], scales: Scales
-) -> tuple[nn.LayerNorm, QuantLinear]:
-    weight, bias = _fused(linears)
-    if scales.observed is None:
-        return _norm(norm, norm.weight, norm.bias), QuantLinear.from_weight(weight, bias)
-    y = scales.observed.input(linears[0])
+    norm: nn.LayerNorm, linears: tuple[nn.Linear, ...], scheme: Scheme
+) -> tuple[tuple[Tensor, Tensor, float], LinearPlan]:
+    for name, t in (("norm weight", norm.weight), ("norm bias", norm.bias)):
+        check_finite(name, t)
+    if scheme.observed is None:
+        return (norm.weight.detach().float(), norm.bias.detach().float(), norm.eps), _dynamic(linears, scheme)
+    y = scheme.observed.input(linears[0])
     fold = calibrate.range_fold(y)
     folded = fold.activation(y)
-    new = _norm(norm, *calibrate.fold_norm(norm.weight, norm.bias, fold))
-    weight, bias = calibrate.fold_linear(weight, bias, fold)
-    if scales.granularity == "token":
-        return new, QuantLinear.from_weight(weight, bias)
-    return new, _static(weight, bias, folded.mean, scales.symmetric(folded), 0, scales)
+    weight, bias = calibrate.fold_linear(*_fused(linears), fold)
+    plan = _plan(linears, scheme, weight=weight, bias=bias, seen=folded)
+    if scheme.granularity == "tensor":
+        scale = scheme.symmetric(folded, bits=plan.x_bits)
+        plan = _static(replace(plan, x_scale=scale), folded.mean, scheme)
+    return (*calibrate.fold_norm(norm.weight, norm.bias, fold), norm.eps), plan
 
 
-def _attention(parts: AttentionParts, qkv: QuantLinear, scales: Scales) -> QuantAttention:
+def _head_scale(parts: AttentionParts, scheme: Scheme) -> Tensor | None:
+    """Static scales of q, k and v (3, H, 1), where calibration saw their codes' values."""
     # Codes of q and k would have to be written before their norm; with one, scales are found per token and head.
-    static = scales.observed is not None and parts.q_norm is None and parts.k_norm is None
-    new = QuantAttention(qkv, quant_linear(parts.proj), parts.num_heads, parts.scale, static)
-    if static:
-        qkv_seen = _split(parts.qkv, scales.observed)
-        new.set_head_scale(torch.stack([scales.symmetric(x, groups=parts.num_heads) for x in qkv_seen])[..., None])
+    if scheme.observed is None or parts.q_norm is not None or parts.k_norm is not None:
+        return None
+    scale = partial(scheme.symmetric, groups=parts.num_heads, bits=scheme.head_bits)
+    return torch.stack([scale(x) for x in _split(parts.qkv, scheme.observed)])[..., None]
+
+
+def _attention(
+    parts: AttentionParts, qkv: LinearPlan, proj: LinearPlan, head_scale: Tensor | None, head_bits: int
+) -> QuantAttention:
+    linears = QuantLinear.from_plan(qkv), QuantLinear.from_plan(proj)
+    new = QuantAttention(*linears, parts.num_heads, parts.scale, head_scale is not None, head_bits)
+    if head_scale is not None:
+        new.set_head_scale(head_scale)
     for name in ("q_norm", "k_norm"):
         norm = getattr(parts, name)
         setattr(new, name, None if norm is None else _norm(norm, norm.weight, norm.bias))
     return new
 
 
-def _fc2(fc2: nn.Linear, scales: Scales) -> QuantLinear:
-    if scales.observed is None or scales.granularity == "token":
-        return QuantLinear.from_linear(fc2, x_minimum=GELU_MINIMUM)
-    check_weight(fc2)
-    x = scales.observed.input(fc2)
+def _fc2(fc2: nn.Linear, scheme: Scheme) -> LinearPlan:
+    if scheme.observed is None or scheme.granularity == "token":
+        return _dynamic((fc2,), scheme, x_minimum=GELU_MINIMUM)
+    x = scheme.observed.input(fc2)
     fold = calibrate.outlier_fold(x)
-    scale, zero_point = calibrate.affine_scale(fold.activation(x), scales.observer)
-    return _static(fc2.weight, fc2.bias, x.mean, fold.ratio * scale, zero_point, scales)
+    plan = _dynamic((fc2,), scheme)
+    scale, zero_point = calibrate.affine_scale(fold.activation(x), scheme.observer, bits=plan.x_bits)
+    return _static(replace(plan, x_scale=fold.ratio * scale, x_zero_point=zero_point), x.mean, scheme)
 
 
 def _fused(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
-    """One weight and bias of several Linears that read the same input."""
+    """One weight and bias, float32, of several Linears that read the same input."""
     for linear in linears:
         check_weight(linear)
-    weight = torch.cat([linear.weight.detach() for linear in linears])
+    weight = torch.cat([linear.weight.detach() for linear in linears]).float()
     if all(linear.bias is None for linear in linears):
         return weight, None
     zeros = (torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias for linear in linears)
-    return weight, torch.cat([bias.detach() for bias in zeros])
+    return weight, torch.cat([bias.detach() for bias in zeros]).float()
 
 
 def _split(qkv: tuple[nn.Linear, ...], observed: Observed) -> tuple[Activation, ...]:

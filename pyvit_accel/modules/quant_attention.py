@@ -1,4 +1,4 @@
-"""QuantAttention: multi-head self-attention with int8 matmuls throughout, softmax included."""
+"""QuantAttention: multi-head self-attention with integer matmuls throughout, softmax included."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ class QuantAttention(nn.Module):
 
     head_scale  (3, H, 1)  static scales of q, k and v per head; None: one per token and head, found at run time
     qkv_scale   (3 C,)     the same, one per output feature of the qkv matmul, which writes the codes
+    head_bits               2 to 8, of the codes of q, k and v
 
     The attention output is quantised per token: its range varies most between tokens, and it is small.
     """
 
-    def __init__(self, qkv: QuantLinear, proj: QuantLinear, num_heads: int, scale: float, static: bool = False) -> None:
+    def __init__(
+        self,
+        qkv: QuantLinear,
+        proj: QuantLinear,
+        num_heads: int,
+        scale: float,
+        static: bool = False,
+        head_bits: int = 8,
+    ) -> None:
         super().__init__()
-        self.qkv, self.proj, self.num_heads, self.scale = qkv, proj, num_heads, scale
+        self.qkv, self.proj, self.num_heads, self.scale, self.head_bits = qkv, proj, num_heads, scale, head_bits
         self.head_dim = proj.in_features // num_heads
         self.q_norm: nn.LayerNorm | None = None
         self.k_norm: nn.LayerNorm | None = None
@@ -42,13 +51,17 @@ class QuantAttention(nn.Module):
     def _quantize_heads(self, x: Tensor, norm: nn.LayerNorm | None = None) -> tuple[Tensor, Tensor]:
         """Float (B, H, N, D) to codes and scale (B, H, N), through the norm if there is one."""
         x = x.transpose(1, 2)
-        codes, scale = ops.quantize(x) if norm is None else ops.norm_quant(x, norm.weight, norm.bias, eps=norm.eps)
+        if norm is None:
+            codes, scale = ops.quantize(x, bits=self.head_bits)
+        else:
+            codes, scale = ops.norm_quant(x, norm.weight, norm.bias, eps=norm.eps, bits=self.head_bits)
         return codes.transpose(1, 2), scale.view(x.shape[:-1]).transpose(1, 2)
 
     def attend(self, codes: Tensor, scale: Tensor, attn_mask: Tensor | None = None, **epilogue) -> Tensor:
         """Int8 codes (B, N, C) of normalised tokens to the projection's output; epilogue as in ops.lowbit_linear."""
         if self.head_scale is not None:
-            q, k, v = self._split(self.qkv.matmul(codes, scale, out_scale=self.qkv_scale))
+            qkv = self.qkv.matmul(codes, scale, out_scale=self.qkv_scale, out_bits=self.head_bits)
+            q, k, v = self._split(qkv)
             q_scale, k_scale, v_scale = self.head_scale
         else:
             q, k, v = self._split(self.qkv.matmul(codes, scale))
@@ -79,6 +92,7 @@ class QuantAttention(nn.Module):
             "num_heads": self.num_heads,
             "scale": self.scale,
             "static": self.head_scale is not None,
+            "head_bits": self.head_bits,
             "q_norm": None if self.q_norm is None else self.q_norm.eps,
             "k_norm": None if self.k_norm is None else self.k_norm.eps,
         }
@@ -86,7 +100,7 @@ class QuantAttention(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> QuantAttention:
         qkv, proj = QuantLinear(**config["qkv"]), QuantLinear(**config["proj"])
-        new = cls(qkv, proj, config["num_heads"], config["scale"], config["static"])
+        new = cls(qkv, proj, config["num_heads"], config["scale"], config["static"], config["head_bits"])
         for name in ("q_norm", "k_norm"):
             if config[name] is not None:
                 setattr(new, name, nn.LayerNorm(new.head_dim, config[name]))
@@ -94,4 +108,4 @@ class QuantAttention(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "per token and head" if self.head_scale is None else "static per head"
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, q k v=int8 {kind}"
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, q k v=int{self.head_bits} {kind}"

@@ -1,4 +1,4 @@
-"""QuantBlock: a pre-norm transformer block whose codes stay int8 from each norm to the residual.
+"""QuantBlock: a pre-norm transformer block whose codes stay integers from each norm to the residual.
 
     norm -> int8 -> qkv matmul -> int8 -> attention -> int8 -> projection + residual -> float32
     norm -> int8 -> fc1 matmul + GELU -> int8 -> fc2 matmul + residual -> float32
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from pyvit_accel import ops
 
 from .quant_attention import QuantAttention
+from .quant_linear import QuantLinear
 from .quant_mlp import QuantMlp
+
+
+def _format(linear: QuantLinear) -> tuple[int, float]:
+    """Bits of the codes a Linear reads, and their clip: a static scale has none."""
+    return linear.x_bits, linear.x_clip if linear.x_scale is None else 1.0
 
 
 class QuantBlock(nn.Module):
@@ -41,10 +47,11 @@ class QuantBlock(nn.Module):
             return self._fused(x.float(), tokens).to(x.dtype)
         dtype, x = x.dtype, x.float()
         norm, attention, mlp = self.norm1, self.attention, self.mlp
-        codes, scale = ops.norm_quant(x, norm.weight, norm.bias, attention.qkv.x_scale, norm.eps)
+        qkv = attention.qkv
+        codes, scale = ops.norm_quant(x, norm.weight, norm.bias, qkv.x_scale, norm.eps, *_format(qkv))
         x = attention.attend(codes, scale, attn_mask, layer_scale=self.layer_scale1, residual=x)[:, :tokens]
         norm = self.norm2
-        codes, scale = ops.norm_quant(x, norm.weight, norm.bias, mlp.fc1.x_scale, norm.eps)
+        codes, scale = ops.norm_quant(x, norm.weight, norm.bias, mlp.fc1.x_scale, norm.eps, *_format(mlp.fc1))
         return mlp.apply_codes(codes, scale, layer_scale=self.layer_scale2, residual=x).to(dtype)
 
     @property
@@ -58,19 +65,22 @@ class QuantBlock(nn.Module):
         # Reading the dictionaries of the modules takes 3 us where 40 attributes take 30: a tenth of a block of ViT-Ti.
         modules, layer_scale = self._modules, self._buffers
         attention, mlp = modules["attention"], modules["mlp"]
-        qkv, proj = attention._modules["qkv"]._buffers, attention._modules["proj"]._buffers
-        fc1, fc2 = mlp._modules["fc1"]._buffers, mlp._modules["fc2"]
+        qkv_in, proj_in = attention._modules["qkv"], attention._modules["proj"]
+        fc1_in, fc2_in = mlp._modules["fc1"], mlp._modules["fc2"]
+        qkv, proj, fc1, fc2 = qkv_in._buffers, proj_in._buffers, fc1_in._buffers, fc2_in._buffers
         norm1, norm2 = modules["norm1"]._parameters, modules["norm2"]._parameters
-        x_zero_point, x_minimum, fc2 = fc2.x_zero_point, fc2.x_minimum, fc2._buffers
         return ops.quant_block(
             x,
             *(norm1["weight"], norm1["bias"], modules["norm1"].eps),
-            *(qkv["x_scale"], qkv["w_packed"], qkv["w_scale"], qkv["bias"]),
+            *(qkv["x_scale"], qkv_in.x_bits, qkv_in.x_clip, qkv["w_packed"], qkv["w_scale"], qkv["bias"]),
             *(attention.num_heads, attention.scale, attention._buffers["head_scale"]),
+            *(attention.head_bits, proj_in.x_bits, proj_in.x_clip),
             *(proj["w_packed"], proj["w_scale"], proj["bias"], layer_scale["layer_scale1"]),
             *(norm2["weight"], norm2["bias"], modules["norm2"].eps),
-            *(fc1["x_scale"], fc1["w_packed"], fc1["w_scale"], fc1["bias"], mlp.activation),
-            *(fc2["x_scale"], x_zero_point, x_minimum, fc2["w_packed"], fc2["w_scale"], fc2["bias"]),
+            *(fc1["x_scale"], fc1_in.x_bits, fc1_in.x_clip),
+            *(fc1["w_packed"], fc1["w_scale"], fc1["bias"], mlp.activation),
+            *(fc2["x_scale"], fc2_in.x_bits, fc2_in.x_clip, fc2_in.x_zero_point, fc2_in.x_minimum),
+            *(fc2["w_packed"], fc2["w_scale"], fc2["bias"]),
             *(layer_scale["layer_scale2"], tokens),
         )
 

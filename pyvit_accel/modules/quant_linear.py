@@ -1,4 +1,4 @@
-"""QuantLinear: nn.Linear with int8 weights and int8 activations, from one packed buffer."""
+"""QuantLinear: nn.Linear on integer codes of 2 to 8 bits, the weight in one packed buffer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit_accel import ops
+from pyvit_accel.calibrate import LinearPlan
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import affine, packed
 
@@ -32,86 +33,115 @@ def check_weight(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 class PackedWeight(nn.Module):
-    """The buffers shared by the quantised Linears: w_packed (W8 v1), w_scale (N,), bias (N,) or None."""
+    """The buffers shared by the quantised Linears: w_packed of w_bits, w_scale (N,) | (N, G), bias (N,) | None."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, w_bits: int = 8) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        shape = packed.packed_shape(out_features, in_features)
+        self.in_features, self.out_features, self.w_bits = in_features, out_features, w_bits
+        shape = packed.packed_shape(out_features, in_features, w_bits)
         self.register_buffer("w_packed", torch.zeros(shape, dtype=torch.uint8))
         self.register_buffer("w_scale", torch.ones(out_features))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Take a float weight (N, K) and bias (N,); returns the weight as quantised, float32."""
-        codes, self.w_scale = affine.quantize_weight(weight)
-        self.w_packed = packed.pack_w8(codes)
+    def pack(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Take codes (N, K) int8, their scale (N,) | (N, G) and a bias (N,)."""
+        self.w_packed = packed.pack(codes, self.w_bits)
+        self.w_scale = scale.detach().float().contiguous()
         self.bias = None if bias is None else bias.detach().float().clone()
-        return affine.dequantize(codes, self.w_scale[:, None])
+
+    def check_inputs(self, x: Tensor) -> None:
+        """The ops see the padded length of a packed weight only."""
+        if x.shape[-1:] != (self.in_features,):
+            name = type(self).__name__
+            raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (..., in_features={self.in_features})")
+
+    def codes(self) -> Tensor:
+        """The codes (N, K) of the weight, int8."""
+        return packed.unpack(self.w_packed, self.out_features, self.in_features)
 
     def dequantized_weight(self) -> Tensor:
         """The weight (N, K) the matmul multiplies with, float32."""
-        codes = packed.unpack_w8(self.w_packed, self.out_features, self.in_features)
-        return affine.dequantize(codes, self.w_scale[:, None])
+        return affine.dequantize(self.codes(), self.w_scale[:, None])
 
     def config(self) -> dict:
         """What the constructor needs to make this module anew, JSON-able."""
-        return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "w_bits": self.w_bits,
+        }
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class QuantLinear(PackedWeight):
-    """Drop-in for nn.Linear: quantise x to int8, multiply in integers, scale back.
+    """Drop-in for nn.Linear: quantise x to integer codes, multiply in integers, scale back.
+
+    Codes of w_bits and x_bits, 2 to 8; in memory weights are packed and activations are bytes.
 
     x_scale: the static scale of x, (1,), or (K,) one per input feature, which the packed weight then contains; with an
-    integer zero point. None: one scale per token, found at run time; x_minimum then is a known lower bound of x from
-    which the codes start, its share of the product in the bias. In a block the producer of x quantises instead, in its
-    own epilogue, by reading x_scale and x_zero_point here.
+    integer zero point. None: one scale per token, found at run time, whose codes span the part x_clip of the token's
+    range; x_minimum then is a known lower bound of x from which the codes start, its share of the product in the bias.
+    In a block the producer of x quantises instead, in its own epilogue, by reading x_scale and x_zero_point here.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, x_scale: int = 0, x_minimum: float | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        w_bits: int = 8,
+        x_bits: int = 8,
+        x_scale: int = 0,
+        x_minimum: float | None = None,
+        x_clip: float = 1.0,
     ) -> None:
         """x_scale: how many values it has, 0 for one per token."""
-        super().__init__(in_features, out_features, bias)
+        super().__init__(in_features, out_features, bias, w_bits)
         # In this order: torch.export (2.13) counts buffers that are None, and lacks an input when two come before one.
         self.register_buffer("unit_scale", torch.ones(1))  # of codes whose x_scale the weight contains
         self.register_buffer("x_scale", torch.ones(x_scale) if x_scale else None)
-        self.x_zero_point, self.x_minimum = (0 if x_minimum is None else -128), x_minimum
+        self.x_bits, self.x_minimum, self.x_clip = x_bits, x_minimum, x_clip
+        self.x_zero_point = 0 if x_minimum is None else affine.q_range(x_bits)[0]
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, x_minimum: float | None = None) -> QuantLinear:
-        """One scale per token. Raises Unsupported for NaN or infinite weights and for shapes int8 sums cannot hold."""
-        check_weight(linear)
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, 0, x_minimum)
-        new = new.to(linear.weight.device)
-        weight = new.pack(linear.weight, linear.bias)
-        if x_minimum is not None:
-            below = x_minimum * weight.sum(dim=1)
-            new.bias = below if new.bias is None else new.bias + below
-        return new
-
-    @classmethod
-    def from_weight(
-        cls, weight: Tensor, bias: Tensor | None, x_scale: Tensor | None = None, x_zero_point: int = 0
+    def from_linear(
+        cls, linear: nn.Linear, w_bits: int = 8, x_bits: int = 8, x_minimum: float | None = None
     ) -> QuantLinear:
-        """weight (N, K), bias (N,) or None; x_scale (1,) or (K,), None for one scale per token."""
-        N, K = weight.shape
-        new = cls(K, N, bias is not None, 0 if x_scale is None else x_scale.numel()).to(weight.device)
-        new.x_scale, new.x_zero_point = x_scale, x_zero_point
-        new.pack(weight if x_scale is None or x_scale.numel() == 1 else weight.detach() * x_scale, bias)
+        """One scale per token. Raises Unsupported for NaN or infinite weights, and K that int32 sums cannot hold."""
+        check_weight(linear)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        plan = LinearPlan(linear.weight.detach().float(), bias, w_bits, x_bits, x_minimum=x_minimum)
+        return cls.from_plan(plan)
+
+    @classmethod
+    def from_plan(cls, plan: LinearPlan) -> QuantLinear:
+        """The module that computes what the plan says."""
+        plan, (N, K) = plan.quantized(), plan.weight.shape
+        has_bias = plan.bias is not None or plan.x_minimum is not None
+        x_scale = 0 if plan.x_scale is None else plan.x_scale.numel()
+        new = cls(K, N, has_bias, plan.w_bits, plan.x_bits, x_scale, plan.x_minimum, plan.x_clip)
+        new = new.to(plan.weight.device)
+        if plan.x_scale is not None:
+            new.x_scale, new.x_zero_point = plan.x_scale, plan.x_zero_point
+        bias = plan.bias
+        if plan.x_minimum is not None:
+            below = plan.x_minimum * affine.dequantize(plan.codes, plan.w_scale[:, None]).sum(dim=1)
+            bias = below if bias is None else bias + below
+        new.pack(plan.codes, plan.w_scale, bias)
         return new
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Float x (..., K) to the codes and scale that matmul takes."""
         if self.x_scale is None:
-            return ops.quantize(x, minimum=self.x_minimum)
-        return ops.quantize(x, self.x_scale, self.x_zero_point)
+            return ops.quantize(x, minimum=self.x_minimum, bits=self.x_bits, clip=self.x_clip)
+        return ops.quantize(x, self.x_scale, self.x_zero_point, bits=self.x_bits)
 
     def matmul(self, codes: Tensor, scale: Tensor | None = None, **epilogue) -> Tensor:
         """int8 codes (..., K) to (..., N); epilogue as in ops.lowbit_linear. scale: only when it is dynamic."""
+        self.check_inputs(codes)
         if self.x_scale is not None:
             scale = self.x_scale if self.x_scale.shape[0] == 1 else self.unit_scale
         return ops.lowbit_linear(
@@ -129,9 +159,10 @@ class QuantLinear(PackedWeight):
 
     def config(self) -> dict:
         x_scale = 0 if self.x_scale is None else self.x_scale.numel()
-        return super().config() | {"x_scale": x_scale, "x_minimum": self.x_minimum}
+        inputs = {"x_bits": self.x_bits, "x_scale": x_scale, "x_minimum": self.x_minimum, "x_clip": self.x_clip}
+        return super().config() | inputs
 
     def extra_repr(self) -> str:
         kinds = {0: "per token", 1: "static"}
         kind = kinds.get(self.config()["x_scale"], "static per channel")
-        return f"{super().extra_repr()}, weight=int8, activation=int8 {kind}"
+        return f"{super().extra_repr()}, weight=int{self.w_bits}, activation=int{self.x_bits} {kind}"

@@ -21,7 +21,12 @@ class QuantMlp(nn.Module):
         if fc2.x_scale is None:
             return fc2.matmul(*fc2.quantize(fc1.matmul(codes, scale, activation=self.activation)), **epilogue)
         hidden = fc1.matmul(
-            codes, scale, activation=self.activation, out_scale=fc2.x_scale, out_zero_point=fc2.x_zero_point
+            codes,
+            scale,
+            activation=self.activation,
+            out_scale=fc2.x_scale,
+            out_zero_point=fc2.x_zero_point,
+            out_bits=fc2.x_bits,
         )
         return fc2.matmul(hidden, **epilogue)
 

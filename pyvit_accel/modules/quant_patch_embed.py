@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit_accel import ops
+from pyvit_accel.formats import affine
 
 from .parts import PatchEmbedParts
 from .quant_linear import PackedWeight, check_weight
@@ -39,7 +40,8 @@ class QuantPatchEmbed(PackedWeight):
         mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (parts.mean, parts.std))
         weight = new.conv.weight.double()
         bias = 0 if conv.bias is None else new.conv.bias.double()
-        new.pack((weight / (255 * std)).flatten(1), bias - (weight * (mean / std)).sum(dim=(1, 2, 3)))
+        codes, scale = affine.quantize_weight((weight / (255 * std)).flatten(1))
+        new.pack(codes, scale, bias - (weight * (mean / std)).sum(dim=(1, 2, 3)))
         return new.to(conv.weight.device)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -36,6 +36,16 @@ def check_vector(op: str, name: str, t: Tensor | None, *lengths: int) -> None:
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; use {' or '.join(f'({n},)' for n in lengths)}")
 
 
+def check_bits(op: str, bits: int, name: str = "bits") -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{op}: {name}={bits}; codes have 2 to 8 bits")
+
+
+def check_clip(op: str, clip: float) -> None:
+    if not 0 < clip <= 1:
+        raise ValueError(f"{op}: clip={clip} is outside 0..1; 1 spans the whole range of a row")
+
+
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> Callable:
     """Define an op whose meaning, on any device without a kernel of its own, is the reference. Returns its overload."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -6,15 +6,26 @@ import torch
 from torch import Tensor
 
 from pyvit_accel import reference
-from pyvit_accel.formats.packed import packed_shape
+from pyvit_accel.formats.packed import bits_of
 
-from ._library import check_rows, check_vector, define
+from ._library import check_bits, check_rows, check_vector, define
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 
 
 def _fake(
-    x, x_scale, w_packed, w_scale, bias, x_zero_point, activation, layer_scale, residual, out_scale, out_zero_point
+    x,
+    x_scale,
+    w_packed,
+    w_scale,
+    bias,
+    x_zero_point,
+    activation,
+    layer_scale,
+    residual,
+    out_scale,
+    out_zero_point,
+    out_bits,
 ):
     return x.new_empty(x.shape[0], w_scale.shape[0], dtype=torch.float32 if out_scale is None else torch.int8)
 
@@ -22,21 +33,26 @@ def _fake(
 _op = define(
     "lowbit_linear",
     "(Tensor x, Tensor x_scale, Tensor w_packed, Tensor w_scale, Tensor? bias, int x_zero_point, str activation, "
-    "Tensor? layer_scale, Tensor? residual, Tensor? out_scale, int out_zero_point) -> Tensor",
+    "Tensor? layer_scale, Tensor? residual, Tensor? out_scale, int out_zero_point, "
+    "int out_bits) -> Tensor",
     reference.lowbit_linear,
     _fake,
 )
+
+
+def check_packed(op: str, w_packed: Tensor, N: int, K: int) -> None:
+    """Raise unless w_packed holds N x K codes of some number of bits."""
+    try:
+        bits_of(w_packed, N, K)
+    except ValueError as error:
+        raise ValueError(f"{op}: x has K={K} and w_scale N={N}, but {error}") from None
 
 
 def check_weight(op: str, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, K: int) -> int:
     """Raise unless weight, scale and bias fit together and x (..., K); returns N."""
     check_vector(op, "w_scale", w_scale, w_scale.numel())
     N = w_scale.shape[0]
-    if w_packed.shape != packed_shape(N, K):
-        raise ValueError(
-            f"{op}: x has K={K} and w_scale N={N}, so w_packed must be {packed_shape(N, K)}, "
-            f"got {tuple(w_packed.shape)}"
-        )
+    check_packed(op, w_packed, N, K)
     check_vector(op, "bias", bias, N)
     return N
 
@@ -54,20 +70,23 @@ def lowbit_linear(
     residual: Tensor | None = None,
     out_scale: Tensor | None = None,
     out_zero_point: int = 0,
+    out_bits: int = 8,
 ) -> Tensor:
     """activation((x - x_zero_point) @ w.T * x_scale * w_scale + bias) * layer_scale + residual, requantised or not.
 
-    x                  (..., K)       int8 codes
+    x                  (..., K)       int8 codes of any number of bits
     x_scale            (1,) | (rows,) float32: one, or one per row of x
-    w_packed           W8 v1          uint8, formats/packed.py; holds (N, K)
+    w_packed           packed         uint8, formats/packed.py; holds (N, K) codes of 2, 3, 4, 5, 6 or 8 bits
     w_scale            (N,)           float32
     bias, layer_scale  (N,)           float32
     residual           (..., N)       float32
     activation         "none" | "gelu" | "gelu_tanh" | "quick_gelu"
     out_scale          (1,) | (N,)    float32; None: the result is float32
+    out_bits           int            2 to 8, of codes
     returns            (..., N)       float32, or int8 codes when out_scale is given
 
-    Raises ValueError for shapes that disagree or an unknown activation, TypeError when x is not int8. No gradient.
+    Raises ValueError for shapes that disagree or an unknown activation, TypeError when x is not int8. A packed weight
+    knows K as a multiple of 32 times its bits only: modules check the rest. No gradient.
     Sums are exact and the epilogue is float32 in the order of reference/lowbit_linear.py, the same bits on every CPU.
     """
     K = check_rows("lowbit_linear", x)
@@ -80,6 +99,7 @@ def lowbit_linear(
     check_vector("lowbit_linear", "x_scale", x_scale, 1, rows.shape[0])
     check_vector("lowbit_linear", "layer_scale", layer_scale, N)
     check_vector("lowbit_linear", "out_scale", out_scale, 1, N)
+    check_bits("lowbit_linear", out_bits, "out_bits")
     if residual is not None:
         if residual.dtype != torch.float32:
             raise TypeError(f"lowbit_linear: residual must be float32, got {residual.dtype}")
@@ -87,7 +107,17 @@ def lowbit_linear(
             raise ValueError(f"lowbit_linear: residual is {tuple(residual.shape)}, the output {(*x.shape[:-1], N)}")
         residual = residual.reshape(-1, N)
     y = _op(
-        rows, x_scale, w_packed, w_scale, bias, x_zero_point,
-        activation, layer_scale, residual, out_scale, out_zero_point,
+        rows,
+        x_scale,
+        w_packed,
+        w_scale,
+        bias,
+        x_zero_point,
+        activation,
+        layer_scale,
+        residual,
+        out_scale,
+        out_zero_point,
+        out_bits,
     )
     return y.reshape(*x.shape[:-1], N)

@@ -6,42 +6,53 @@ from torch import Tensor
 
 from pyvit_accel import reference
 
-from ._library import check_rows, check_vector, define
+from ._library import check_bits, check_clip, check_rows, check_vector, define
 from .quantize import _codes_like
 
 _static = define(
     "norm_quant",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor scale, float eps) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor scale, float eps, int bits) -> Tensor",
     reference.norm_quant,
-    lambda x, weight, bias, scale, eps: _codes_like(x),
+    lambda x, weight, bias, scale, eps, bits: _codes_like(x),
 )
 _dynamic = define(
     "norm_quant_dynamic",
-    "(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, int bits, float clip) -> (Tensor, Tensor)",
     reference.norm_quant_dynamic,
-    lambda x, weight, bias, eps: (_codes_like(x), x.new_empty(x.shape[0])),
+    lambda x, weight, bias, eps, bits, clip: (_codes_like(x), x.new_empty(x.shape[0])),
 )
 
 
 def norm_quant(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    bits: int = 8,
+    clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """q = clip(rint(LayerNorm(x) / scale), -128, 127).
+    """q = clip(rint(LayerNorm(x) / scale)) to -2^(bits-1) .. 2^(bits-1)-1.
 
     x             (..., C)     float; computed in float32
     weight, bias  (C,)         float32, LayerNorm's
-    scale         (1,) | (C,)  float32, static; None: max |LayerNorm(x)| / 127 of each row
+    scale         (1,) | (C,)  float32, static; None: one per row, max |LayerNorm(x)| clip / (2^(bits-1)-1)
+    bits          int          2 to 8
+    clip          float        of scales per row: the part of the range that the codes span, in 0..1
     returns       codes (..., C) int8, and the scale: the one given, or (rows,) float32
 
-    Raises ValueError when a shape does not fit x. No gradient. Reference: reference/norm_quant.py.
+    Raises ValueError when a shape does not fit x, or bits or clip are out of range. No gradient. Reference:
+    reference/norm_quant.py.
     """
     C = check_rows("norm_quant", x)
     check_vector("norm_quant", "weight", weight, C)
     check_vector("norm_quant", "bias", bias, C)
     rows = x.reshape(-1, C).float()
+    check_bits("norm_quant", bits)
     if scale is None:
-        codes, scale = _dynamic(rows, weight, bias, eps)
+        check_clip("norm_quant", clip)
+        codes, scale = _dynamic(rows, weight, bias, eps, bits, clip)
     else:
         check_vector("norm_quant", "scale", scale, 1, C)
-        codes = _static(rows, weight, bias, scale, eps)
+        codes = _static(rows, weight, bias, scale, eps, bits)
     return codes.reshape(x.shape), scale

@@ -28,7 +28,7 @@ def quant_patch_embed(images: Tensor, w_packed: Tensor, w_scale: Tensor, bias: T
     """A convolution of stride patch_size over pixels, as one integer matmul.
 
     images      (B, C, H, W)    uint8, any memory format; H and W multiples of patch_size
-    w_packed    W8 v1           uint8; holds (N, C patch_size^2), inputs in channel, row, column order
+    w_packed    packed          uint8; holds (N, C patch_size^2), inputs in channel, row, column order
     w_scale     (N,)            float32
     bias        (N,) | (P, N)   float32; per patch when it carries the position embedding
     returns     (B, P, N)       float32, P = (H / patch_size) (W / patch_size)

@@ -1,4 +1,4 @@
-"""quantize: float rows to int8 codes, with a static scale or one per row."""
+"""quantize: float rows to codes of 2 to 8 bits in int8, with a static scale or one per row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyvit_accel import reference
 
-from ._library import check_rows, check_vector, define
+from ._library import check_bits, check_clip, check_rows, check_vector, define
 
 
 def _codes_like(x: Tensor) -> Tensor:
@@ -16,40 +16,51 @@ def _codes_like(x: Tensor) -> Tensor:
 
 _static = define(
     "quantize",
-    "(Tensor x, Tensor scale, int zero_point) -> Tensor",
+    "(Tensor x, Tensor scale, int zero_point, int bits) -> Tensor",
     reference.quantize,
-    lambda x, scale, zero_point: _codes_like(x),
+    lambda x, scale, zero_point, bits: _codes_like(x),
 )
 _dynamic = define(
     "quantize_dynamic",
-    "(Tensor x, float? minimum) -> (Tensor, Tensor)",
+    "(Tensor x, float? minimum, int bits, float clip) -> (Tensor, Tensor)",
     reference.quantize_dynamic,
-    lambda x, minimum: (_codes_like(x), x.new_empty(x.shape[0])),
+    lambda x, minimum, bits, clip: (_codes_like(x), x.new_empty(x.shape[0])),
 )
 
 
 def quantize(
-    x: Tensor, scale: Tensor | None = None, zero_point: int = 0, minimum: float | None = None
+    x: Tensor,
+    scale: Tensor | None = None,
+    zero_point: int = 0,
+    minimum: float | None = None,
+    bits: int = 8,
+    clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """q = clip(rint(x / scale) + zero_point, -128, 127).
+    """q = clip(rint(x / scale) + zero_point) to -2^(bits-1) .. 2^(bits-1)-1.
 
     x           (..., K)     float; computed in float32
-    scale       (1,) | (K,)  float32, static; None: max |x| / 127 of each row, zero_point 0
-    minimum     float        a lower bound of x, without a scale: x ~ (q + 128) * scale + minimum, all 256 codes in use
+    scale       (1,) | (K,)  float32, static; None: max |x| clip / (2^(bits-1)-1) of each row
+    minimum     float        without a scale, a lower bound of x: x ~ (q + 2^(bits-1)) * scale + minimum
+    bits        int          2 to 8
+    clip        float        of scales per row: the part of the range that the codes span, in 0..1
     returns     codes (..., K) int8, and the scale: the one given, or (rows,) float32
 
-    NaN has no defined code. Raises ValueError when the scale does not fit x, a zero point comes without a scale or a
-    minimum with one. No gradient.
+    NaN has no defined code. Raises ValueError when the scale does not fit x, bits or clip are out of range, a zero
+    point comes without a scale, a minimum or a clip with one. No gradient.
     """
     K = check_rows("quantize", x)
     rows = x.reshape(-1, K).float()
+    check_bits("quantize", bits)
     if scale is None:
         if zero_point:
             raise ValueError(f"quantize: zero_point={zero_point} needs a static scale; per-row scales are symmetric")
-        codes, scale = _dynamic(rows, minimum)
+        check_clip("quantize", clip)
+        codes, scale = _dynamic(rows, minimum, bits, clip)
+    elif clip != 1:
+        raise ValueError(f"quantize: clip={clip} is for scales per row; a static scale says itself what it spans")
     elif minimum is not None:
         raise ValueError(f"quantize: minimum={minimum} is for scales per row; a static scale takes a zero_point")
     else:
         check_vector("quantize", "scale", scale, 1, K)
-        codes = _static(rows, scale, zero_point)
+        codes = _static(rows, scale, zero_point, bits)
     return codes.reshape(x.shape), scale

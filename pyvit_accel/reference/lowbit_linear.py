@@ -2,11 +2,11 @@
 
     acc = sum_k (x[m, k] - x_zero_point) w[n, k]                              exact
     y   = acc * (x_scale * w_scale) + bias, activation, * layer_scale, + residual       float32, in this order
-    q   = clip(rint(y * (1 / out_scale)) + out_zero_point, -128, 127)         when out_scale is given
+    q   = clip(rint(y * (1 / out_scale)) + out_zero_point) to out_bits bits   when out_scale is given
 
 x            (M, K)       int8
 x_scale      (1,) | (M,)  float32: one, or one per row
-w_packed     W8 v1        uint8, formats/packed.py; holds (N, K) int8
+w_packed     packed       uint8, formats/packed.py; holds (N, K) codes of 2, 3, 4, 5, 6 or 8 bits
 w_scale      (N,)         float32
 bias, layer_scale  (N,)   float32 or None
 residual     (M, N)       float32 or None
@@ -26,7 +26,7 @@ from .scalar import ACTIVATIONS
 
 def accumulate(x: Tensor, w_packed: Tensor, N: int, x_zero_point: int) -> Tensor:
     """The exact integer sums (M, N), as float64: they stay far below 2^53."""
-    w = packed.unpack_w8(w_packed, N, x.shape[1])
+    w = packed.unpack(w_packed, N, x.shape[1])
     return (x.double() - x_zero_point) @ w.double().T
 
 
@@ -42,6 +42,7 @@ def lowbit_linear(
     residual: Tensor | None,
     out_scale: Tensor | None,
     out_zero_point: int,
+    out_bits: int,
 ) -> Tensor:
     y = accumulate(x, w_packed, w_scale.shape[0], x_zero_point).float() * (x_scale[:, None] * w_scale)
     if bias is not None:
@@ -51,4 +52,4 @@ def lowbit_linear(
         y = y * layer_scale
     if residual is not None:
         y = y + residual
-    return y if out_scale is None else affine.quantize(y, out_scale, out_zero_point)
+    return y if out_scale is None else affine.quantize(y, out_scale, out_zero_point, out_bits)

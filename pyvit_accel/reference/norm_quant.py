@@ -1,9 +1,9 @@
-"""LayerNorm, then quantise: y = (x - mean) * rstd * weight + bias, q = clip(rint(y / scale), -128, 127).
+"""LayerNorm, then quantise: y = (x - mean) * rstd * weight + bias, q = clip(rint(y / scale)) to codes of `bits` bits.
 
 x       (M, C)       float32; mean and variance are summed in float64 and rounded once, the rest is float32
 weight  (C,)         float32
 bias    (C,)         float32
-scale   (1,) | (C,)  float32, static; norm_quant_dynamic takes max |y| / 127 of each row instead, and returns it (M,)
+scale   (1,) | (C,)  float32, static; norm_quant_dynamic finds one per row, as quantize_dynamic, and returns it
 returns (M, C)       int8
 """
 
@@ -22,9 +22,11 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return (x - mean.float()) * rstd.float() * weight + bias
 
 
-def norm_quant(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return quantize(_norm(x, weight, bias, eps), scale, 0)
+def norm_quant(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float, bits: int) -> Tensor:
+    return quantize(_norm(x, weight, bias, eps), scale, 0, bits)
 
 
-def norm_quant_dynamic(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return quantize_dynamic(_norm(x, weight, bias, eps))
+def norm_quant_dynamic(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, bits: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    return quantize_dynamic(_norm(x, weight, bias, eps), None, bits, clip)

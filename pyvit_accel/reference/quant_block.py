@@ -7,7 +7,9 @@
 
 x            (B, N, C)   float32
 *_x_scale    (1,) | (K,) | None   of the codes a matmul reads: static, contained in the weights when (K,); None: per row
+*_x_bits, *_x_clip                of these codes, as in quantize.py; clip only of scales per row
 head_scale   (3, H, 1) | None     of q, k, v; None: one per token and head
+head_bits                         of the codes of q, k, v
 tokens       only the first `tokens` of every image are wanted: queries, projection and MLP leave the others out
 returns      (B, tokens, C)  float32
 """
@@ -40,12 +42,17 @@ def quant_block(
     norm1_bias: Tensor,
     norm1_eps: float,
     qkv_x_scale: Tensor | None,
+    qkv_x_bits: int,
+    qkv_x_clip: float,
     qkv_w: Tensor,
     qkv_w_scale: Tensor,
     qkv_bias: Tensor | None,
     num_heads: int,
     softmax_scale: float,
     head_scale: Tensor | None,
+    head_bits: int,
+    proj_x_bits: int,
+    proj_x_clip: float,
     proj_w: Tensor,
     proj_w_scale: Tensor,
     proj_bias: Tensor | None,
@@ -54,11 +61,15 @@ def quant_block(
     norm2_bias: Tensor,
     norm2_eps: float,
     fc1_x_scale: Tensor | None,
+    fc1_x_bits: int,
+    fc1_x_clip: float,
     fc1_w: Tensor,
     fc1_w_scale: Tensor,
     fc1_bias: Tensor | None,
     activation: str,
     fc2_x_scale: Tensor | None,
+    fc2_x_bits: int,
+    fc2_x_clip: float,
     fc2_x_zero_point: int,
     fc2_x_minimum: float | None,
     fc2_w: Tensor,
@@ -74,16 +85,17 @@ def quant_block(
     inner = qkv_w_scale.shape[0] // 3
     D = inner // H
 
-    def norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def norm(rows: Tensor, *args) -> tuple[Tensor, Tensor]:
+        weight, bias, eps, scale, bits, clip = args
         if scale is None:
-            return ops.norm_quant_dynamic(rows, weight, bias, eps)
-        return ops.norm_quant(rows, weight, bias, scale, eps), _of_codes(scale)
+            return ops.norm_quant_dynamic(rows, weight, bias, eps, bits, clip)
+        return ops.norm_quant(rows, weight, bias, scale, eps, bits), _of_codes(scale)
 
-    codes, scale = norm(x.reshape(-1, C), norm1_weight, norm1_bias, norm1_eps, qkv_x_scale)
+    codes, scale = norm(x.reshape(-1, C), norm1_weight, norm1_bias, norm1_eps, qkv_x_scale, qkv_x_bits, qkv_x_clip)
     out_scale = None if head_scale is None else head_scale.expand(3, H, D).reshape(-1)
-    qkv = ops.lowbit_linear(codes, scale, qkv_w, qkv_w_scale, qkv_bias, 0, "none", None, None, out_scale, 0)
+    qkv = ops.lowbit_linear(codes, scale, qkv_w, qkv_w_scale, qkv_bias, 0, "none", None, None, out_scale, 0, head_bits)
     if head_scale is None:
-        qkv, head_scale = ops.quantize_dynamic(qkv.reshape(-1, D), None)
+        qkv, head_scale = ops.quantize_dynamic(qkv.reshape(-1, D), None, head_bits, 1.0)
         scales = head_scale.view(B, N, 3, H).permute(2, 0, 3, 1)
     else:
         scales = head_scale[:, None].expand(3, B, H, N)
@@ -92,20 +104,31 @@ def quant_block(
     attended = ops.quant_attention(
         q[:, :, :tokens], k, v, q_scale[:, :, :tokens], k_scale, v_scale, softmax_scale, None, None, None
     )
-    codes, scale = ops.quantize_dynamic(attended.reshape(-1, inner), None)
+    codes, scale = ops.quantize_dynamic(attended.reshape(-1, inner), None, proj_x_bits, proj_x_clip)
     residual = x[:, :tokens].reshape(-1, C)
-    y = ops.lowbit_linear(codes, scale, proj_w, proj_w_scale, proj_bias, 0, "none", layer_scale1, residual, None, 0)
+    y = ops.lowbit_linear(codes, scale, proj_w, proj_w_scale, proj_bias, 0, "none", layer_scale1, residual, None, 0, 8)
 
-    codes, scale = norm(y, norm2_weight, norm2_bias, norm2_eps, fc1_x_scale)
+    codes, scale = norm(y, norm2_weight, norm2_bias, norm2_eps, fc1_x_scale, fc1_x_bits, fc1_x_clip)
     hidden = ops.lowbit_linear(
-        codes, scale, fc1_w, fc1_w_scale, fc1_bias, 0, activation, None, None, fc2_x_scale, fc2_x_zero_point
+        codes,
+        scale,
+        fc1_w,
+        fc1_w_scale,
+        fc1_bias,
+        0,
+        activation,
+        None,
+        None,
+        fc2_x_scale,
+        fc2_x_zero_point,
+        fc2_x_bits,
     )
     if fc2_x_scale is None:
-        hidden, scale = ops.quantize_dynamic(hidden, fc2_x_minimum)
+        hidden, scale = ops.quantize_dynamic(hidden, fc2_x_minimum, fc2_x_bits, fc2_x_clip)
     else:
         scale = _of_codes(fc2_x_scale)
     out = ops.lowbit_linear(
-        hidden, scale, fc2_w, fc2_w_scale, fc2_bias, fc2_x_zero_point, "none", layer_scale2, y, None, 0
+        hidden, scale, fc2_w, fc2_w_scale, fc2_bias, fc2_x_zero_point, "none", layer_scale2, y, None, 0, 8
     )
     return out.view(B, tokens, C)
 

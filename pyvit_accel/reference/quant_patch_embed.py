@@ -3,7 +3,7 @@
     (pixel / 255 - mean) / std = pixel * s + t with s, t per channel, so w' = w s and b' = b + sum w t: pixels exact.
 
 images      (B, C, H, W)    uint8
-w_packed    W8 v1           uint8; holds (N, C patch_size^2) int8, inputs in channel, row, column order
+w_packed    packed          uint8; holds (N, C patch_size^2) codes, inputs in channel, row, column order
 w_scale     (N,)            float32
 bias        (N,) | (P, N)   float32; per patch when it carries the position embedding
 returns     (B, P, N)       float32, P = (H / patch_size) (W / patch_size)

@@ -1,9 +1,11 @@
-"""q = clip(rint(x / scale) + zero_point, -128, 127): float32 rows to int8 codes.
+"""q = clip(rint(x / scale) + zero_point): float32 rows to codes of `bits` bits, -2^(bits-1) .. 2^(bits-1)-1.
 
 x       (M, K)       float32
-scale   (1,) | (K,)  float32, static; quantize_dynamic takes max |x| / 127 of each row instead, and returns it (M,)
-minimum float        a known lower bound of x: the codes then span it to max x,
-                     q = rint((x - minimum) / scale) - 128, scale = (max x - minimum) / 255
+scale   (1,) | (K,)  float32, static; quantize_dynamic finds one per row instead, and returns it (M,):
+                     scale = max |x| clip / (2^(bits-1)-1), zero_point 0
+minimum float        a known lower bound of x: the codes then start there,
+                     q = rint((x - minimum) / scale) - 2^(bits-1), scale = (max x - minimum) clip / (2^bits-1)
+clip    float        the part of a row's range that the codes span; what lies beyond gets the last code
 returns (M, K)       int8
 """
 
@@ -14,14 +16,15 @@ from torch import Tensor
 from pyvit_accel.formats import affine
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: int) -> Tensor:
-    return affine.quantize(x, scale, zero_point).contiguous()
+def quantize(x: Tensor, scale: Tensor, zero_point: int, bits: int) -> Tensor:
+    return affine.quantize(x, scale, zero_point, bits).contiguous()
 
 
-def quantize_dynamic(x: Tensor, minimum: float | None = None) -> tuple[Tensor, Tensor]:
+def quantize_dynamic(x: Tensor, minimum: float | None, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    lo, hi = affine.q_range(bits)
     if minimum is None:
-        scale = affine.scale_of(x.abs().amax(dim=1))
-        return affine.quantize(x, scale[:, None]).contiguous(), scale
+        scale = affine.scale_of(x.abs().amax(dim=1) * clip, hi)
+        return affine.quantize(x, scale[:, None], 0, bits).contiguous(), scale
     x = x - minimum
-    scale = affine.scale_of(x.amax(dim=1), q_max=255)
-    return affine.quantize(x, scale[:, None], -128).contiguous(), scale
+    scale = affine.scale_of(x.amax(dim=1) * clip, hi - lo)
+    return affine.quantize(x, scale[:, None], lo, bits).contiguous(), scale
