@@ -55,7 +55,7 @@ def module_names(model: nn.Module) -> list[str]:
 
 
 # How many times the error of W8A8 the weights and activations of other recipes may make on random models.
-COARSER = {"W6A6": 3, "W4A8": 4, "W4A4": 6, "W3A3": 10, "W4A16": 4}
+COARSER = {"W6A6": 3, "W4A8": 6, "W4A4": 8, "W3A3": 14, "W4A16": 6}
 
 
 def weight_only(recipe) -> bool:
