@@ -11,6 +11,16 @@ It sees modules and batches, never kernels. Nothing here is random: the same bat
 """
 
 from pyvit_accel.calibrate import allocate, norms
+from pyvit_accel.calibrate.adalog import (
+    adalog_gelu,
+    adalog_plan,
+    adalog_softmax,
+    fpcs,
+    fpcs_heads,
+    fpcs_input,
+    fpcs_weight,
+    shift_bias,
+)
 from pyvit_accel.calibrate.fold import (
     Fold,
     bias_correction,
@@ -20,11 +30,14 @@ from pyvit_accel.calibrate.fold import (
     range_fold,
 )
 from pyvit_accel.calibrate.observers import Activation, Observed, observe
+from pyvit_accel.calibrate.optm import optm_gelu
 from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan
 from pyvit_accel.calibrate.relevance import relevance
-from pyvit_accel.calibrate.repq import channel_scales, clipped_scales, refold, repq_fold, repq_plan
+from pyvit_accel.calibrate.repq import channel_scales, clipped_scales, log_sqrt2_scale, refold, repq_fold, repq_plan
 from pyvit_accel.calibrate.scales import affine_scale, percentile_search, symmetric_scale
 from pyvit_accel.calibrate.sqb import sqb_fold
+from pyvit_accel.calibrate.sulq import sulq_search
+from pyvit_accel.calibrate.twin import twin_gelu, twin_softmax
 
 __all__ = [
     "Activation",
@@ -32,6 +45,9 @@ __all__ = [
     "Fold",
     "LinearPlan",
     "Observed",
+    "adalog_gelu",
+    "adalog_plan",
+    "adalog_softmax",
     "affine_scale",
     "allocate",
     "bias_correction",
@@ -39,8 +55,14 @@ __all__ = [
     "clipped_scales",
     "fold_linear",
     "fold_norm",
+    "fpcs",
+    "fpcs_heads",
+    "fpcs_input",
+    "fpcs_weight",
+    "log_sqrt2_scale",
     "norms",
     "observe",
+    "optm_gelu",
     "outlier_fold",
     "percentile_search",
     "range_fold",
@@ -48,6 +70,10 @@ __all__ = [
     "relevance",
     "repq_fold",
     "repq_plan",
+    "shift_bias",
     "sqb_fold",
+    "sulq_search",
     "symmetric_scale",
+    "twin_gelu",
+    "twin_softmax",
 ]

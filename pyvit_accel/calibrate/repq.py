@@ -22,7 +22,7 @@ from torch import Tensor
 from pyvit_accel.calibrate.fold import SMALLEST_RANGE, Fold, bias_correction, fold_linear, fold_norm
 from pyvit_accel.calibrate.observers import Activation
 from pyvit_accel.calibrate.plan import LinearPlan, linear_output, quantized_input
-from pyvit_accel.calibrate.scales import percentile_search
+from pyvit_accel.calibrate.scales import REPQ_PERCENTILES, interpolated_percentile, percentile_search
 from pyvit_accel.formats import affine
 
 CLIP_PERCENTILES = (100.0, 99.0, 98.0, 97.0, 95.0, 90.0)
@@ -83,6 +83,19 @@ def repq_plan(
     mean = quantized_input(plan, seen.sample).mean(0)
     plan = replace(plan, bias=folded_bias + bias_correction(folded_weight, plan.weight_hat(), mean))
     return *fold_norm(norm_weight, norm_bias, fold), plan
+
+
+def log_sqrt2_scale(p: Tensor, bits: int, percentiles: tuple[float, ...] = REPQ_PERCENTILES) -> float:
+    """delta of the log-sqrt2 quantizer of softmax outputs p (any shape): the percentile of least squared error."""
+    flat = p.detach().float().reshape(1, -1).sort(1).values
+    deltas = [float(interpolated_percentile(flat, percentile)) for percentile in percentiles]
+    return min(deltas, key=lambda delta: float((fake_log_sqrt2(flat, delta, bits) - flat).square().mean()))
+
+
+def fake_log_sqrt2(p: Tensor, delta: float, bits: int) -> Tensor:
+    """p quantized to delta 2^(-code / 2) and back, zero below the last of 2^b codes."""
+    code = torch.round(-2 * (p / delta).clamp(1e-15).log2()).clamp_min(0)
+    return torch.where(code < 2**bits, delta * torch.exp2(-code / 2), 0.0)
 
 
 def clipped_scales(
