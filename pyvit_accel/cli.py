@@ -97,6 +97,7 @@ def _add_accelerate(sub) -> None:
     add("--calibration-images", type=_positive, default=32, metavar="N", help="how many of them (default: %(default)s)")
     add("--output", type=Path, required=True, metavar="FILE", help="where the accelerated model goes, .safetensors")
     add("--batch", type=_positive, default=8, help="batch size to measure beside 1 (default: %(default)s)")
+    add("--layer-chart", type=Path, metavar="FILE", help="write bits, bytes and error of every layer as a PNG chart")
     _add_results(command)
 
 

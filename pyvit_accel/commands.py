@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import tempfile
 from pathlib import Path
@@ -34,7 +35,7 @@ from pyvit_accel.models import (
     read_config,
     read_weights,
 )
-from pyvit_accel.output import Bar, note, percent, progress, require, table, write_chart, write_json
+from pyvit_accel.output import Bar, note, percent, progress, require, table, write_chart, write_json, write_layer_chart
 from pyvit_accel.recipes import RECIPES
 from pyvit_accel.serialize import read_header, save
 from pyvit_accel.timemap import map_time, measure_roofs, work_of
@@ -52,9 +53,9 @@ TOLD_COST = 0.02
 def prepare_outputs(args: argparse.Namespace) -> None:
     """Find out before the work whether its results can be shown and written, and set the number of threads."""
     require("tqdm")
-    if getattr(args, "chart", None) is not None:
+    if getattr(args, "chart", None) is not None or getattr(args, "layer_chart", None) is not None:
         require("matplotlib.figure")
-    for name in ("output", "json", "chart"):
+    for name in ("output", "json", "chart", "layer_chart"):
         if getattr(args, name, None) is not None:
             check_writable(getattr(args, name))
     if args.threads:
@@ -99,7 +100,10 @@ def run_accelerate(args: argparse.Namespace) -> None:
         write_json(args.json, {
             "title": title, "machine": machine(), "latency": rows, "fidelity": found,
             "replaced": {e.name: e.became for e in report.replaced}, "kept": kept,
+            "layers": [dataclasses.asdict(layer) for layer in report.layers],
         })
+    if args.layer_chart:
+        write_layer_chart(args.layer_chart, title, report.layers)
     if args.chart:
         groups = {f"batch {batch}": bars(of, batch, fidelity) for batch, of in latency.items()}
         write_chart(args.chart, f"{title}\n{machine_line()}", groups)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,15 +21,33 @@ from pyvit_accel.errors import Unsupported
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A matmul of a replaced module.
+
+    weight, activation  their formats, "int4", "float"
+    bytes, float_bytes  of the weight, scales included, and in 16-bit floats
+    error               |y_hat - y| / |y| of its output on what calibration kept; None: not measured
+    """
+
+    name: str
+    weight: str
+    activation: str
+    bytes: int
+    float_bytes: int
+    error: float | None = None
+
+
+@dataclass(frozen=True)
 class Replacement:
     """module takes the place of `path` below the matched module ("": the module itself).
 
-    spec is a JSON-able record from which saved files rebuild the module.
+    spec is a JSON-able record from which saved files rebuild the module. layers: its matmuls, named from there on.
     """
 
     module: nn.Module
     path: str = ""
     spec: dict = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,7 @@ class Entry:
     kind: str
     became: str  # empty: kept
     reason: str  # why it was kept
+    layers: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,14 @@ class Report:
     def kept(self) -> list[Entry]:
         return [e for e in self.entries if not e.became]
 
+    @property
+    def layers(self) -> list[Layer]:
+        """Every matmul that was replaced, by its dotted name."""
+        return [
+            replace(layer, name=".".join(filter(None, (entry.name, layer.name))))
+            for entry in self.entries for layer in entry.layers
+        ]
+
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[str]] = {}
         for e in self.entries:
@@ -105,6 +133,12 @@ class Report:
             rows.append((names[0] if len(names) == 1 else pattern, str(len(names)), kind, became or f"kept: {reason}"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3])) for row in rows]
+        layers = self.layers
+        if layers:
+            formats = Counter(f"{layer.weight} x {layer.activation}" for layer in layers)
+            held, floats = (sum(getattr(layer, name) for layer in layers) / 2**20 for name in ("bytes", "float_bytes"))
+            lines.append("matmuls, weight x activation: " + ", ".join(f"{n} {name}" for name, n in formats.items()))
+            lines.append(f"their weights: {held:.2f} MiB, in 16-bit floats {floats:.2f}")
         return "\n".join([f"{self.recipe}: {len(self.replaced)} modules replaced, {len(self.kept)} kept", *lines])
 
 
@@ -195,7 +229,8 @@ def _entries(modules: dict[str, nn.Module], plan: dict[str, Replacement], refuse
     for name, module in modules.items():
         kind = type(module).__name__
         if name in targets:
-            yield Entry(name, kind, targets[name].spec.get("class", type(targets[name].module).__name__), "")
+            new = targets[name]
+            yield Entry(name, kind, new.spec.get("class", type(new.module).__name__), "", new.layers)
         elif any(_inside(name, t) for t in targets):
             continue
         elif name in refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,9 +11,11 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from pyvit_accel.convert import Layer
 from pyvit_accel.files import write_whole
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+PALETTE = ("#1f6fb4", "#e08e2b", "#4d9a55", "#b3507a", "#7a6bb3", "#5fa8dc")
 GREY, BLUES = "#8c8c8c", ("#1f6fb4", "#5fa8dc", "#a9d1ee")
 
 
@@ -80,6 +83,33 @@ def write_chart(path: str | Path, title: str, groups: dict[str, list[Bar]], metr
         if with_accuracy:
             _accuracy_panel(row[1], bars, metric)
     axes[-1][0].set_xlabel("latency, ms per image (lower is better)")
+    figure.suptitle(title, fontsize=11)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def write_layer_chart(path: str | Path, title: str, layers: Sequence[Layer]) -> None:
+    """A PNG: for every matmul the error of its output, where measured, and the bytes of its weight."""
+    figure = require("matplotlib.figure").Figure(figsize=(10, 1.4 + 0.2 * len(layers)), layout="constrained")
+    errors, sizes = figure.subplots(1, 2, width_ratios=(3, 2))
+    places, formats = range(len(layers)), [f"{layer.weight} x {layer.activation}" for layer in layers]
+    colour = dict(zip(dict.fromkeys(formats), itertools.cycle(PALETTE), strict=False))
+    known = [100 * (layer.error or 0) for layer in layers]
+    drawn = errors.barh(places, known, color=[colour[name] for name in formats], height=0.75)
+    errors.bar_label(drawn, [f" {percent:.2g} %" if percent else "" for percent in known], fontsize=6)
+    errors.set_title("error of the output on calibration data, %", fontsize=9, loc="left")
+    errors.set_xlim(0, 1.2 * max(known, default=1) or 1)
+    floats = [layer.float_bytes / 2**10 for layer in layers]
+    sizes.barh(places, floats, color="#e3e3e3", height=0.75, label="16-bit float")
+    for name in colour:
+        rows = [i for i in places if formats[i] == name]
+        sizes.barh(rows, [layers[i].bytes / 2**10 for i in rows], color=colour[name], height=0.75, label=name)
+    sizes.set_title("weight, KiB", fontsize=9, loc="left")
+    sizes.legend(fontsize=7, loc="lower right")
+    for axis, labels in ((errors, [layer.name for layer in layers]), (sizes, [""] * len(layers))):
+        axis.set_yticks(places, labels, fontsize=6)
+        axis.set_ylim(len(layers) - 0.4, -0.6)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 

@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from pyvit_accel import adapters, calibrate
+from pyvit_accel import adapters, planning
 from pyvit_accel.adapters import ATTENTIONS, BLOCKS, MLPS, PATCH_EMBEDS, Adapter
-from pyvit_accel.convert import Recipe, Replacement, Rule
+from pyvit_accel.convert import Layer, Recipe, Replacement, Rule
 from pyvit_accel.modules import QuantPatchEmbed, WeightOnlyLinear, build
 from pyvit_accel.modules.build import Scheme
+from pyvit_accel.modules.quant_linear import PackedWeight
+from pyvit_accel.planning import Calibration, Reconstruction
 
 CLASSIFIERS = ("head", "head.*", "heads.*", "head_dist", "classifier", "*.classifier", "cls_classifier", "fc")
 LINEAR = frozenset({"torch.nn.modules.linear.Linear"})
@@ -33,50 +35,87 @@ def _adapted(table: str, make: Callable[..., nn.Module], module: nn.Module, obse
     new = make(adapter.parts(module), observed)
     spec = {"class": type(new).__name__, "config": new.config(), "adapter": table}
     original = module.get_submodule(adapter.path)
-    return Replacement(adapter.wrap(new, original), adapter.path, spec)
+    return Replacement(adapter.wrap(new, original), adapter.path, spec, _layers(new))
 
 
 def _plain(make: Callable[..., nn.Module], module: nn.Module, observed: Any) -> Replacement:
     new = make(module, observed)
-    return Replacement(new, spec={"class": type(new).__name__, "config": new.config(), "adapter": None})
+    spec = {"class": type(new).__name__, "config": new.config(), "adapter": None}
+    return Replacement(new, spec=spec, layers=_layers(new))
+
+
+def _layers(new: nn.Module) -> tuple[Layer, ...]:
+    return tuple(
+        Layer(name, *m.formats(), m.weight_bytes(), 2 * m.in_features * m.out_features)
+        for name, m in new.named_modules() if isinstance(m, PackedWeight)
+    )
 
 
 def _rule(table: str, make: Callable[..., nn.Module]) -> Rule:
     return Rule("*", frozenset(TABLES[table]), partial(_adapted, table, make))
 
 
-def _integer(name: str, scheme: Scheme, needs_calibration: bool = True) -> Recipe:
+def _block(scheme: Scheme, module: nn.Module, found: Calibration | None) -> Replacement:
+    """A block as planned with its neighbours, or, where no search reached it, on its own."""
+    parts, scheme = adapters.find(BLOCKS, module).parts(module), _seen(scheme, found)
+    planned = found is not None and found.scheme == scheme and module in found.plans
+    plan = found.plans[module] if planned else build.plan_block(parts, scheme)
+    new = _adapted("BLOCKS", lambda parts, _: build.pack_block(plan, parts), module, found)
+    errors = build.output_errors(plan)
+    return replace(new, layers=tuple(replace(layer, error=errors[layer.name]) for layer in new.layers))
+
+
+def _seen(scheme: Scheme, found: Calibration | None) -> Scheme:
+    return scheme if found is None else scheme.with_observed(found.observed)
+
+
+def _integer(
+    name: str,
+    scheme: Scheme,
+    needs_calibration: bool = True,
+    search: bool = False,
+    reconstruction: Reconstruction | None = None,
+) -> Recipe:
     """Integer weights and activations at every depth."""
+    seen = needs_calibration
 
     def built(make: Callable[[Any, Scheme], nn.Module]) -> Callable[..., nn.Module]:
-        return lambda parts, observed: make(parts, replace(scheme, observed=observed if needs_calibration else None))
+        return lambda parts, found: make(parts, _seen(scheme, found if seen else None))
 
     rules = (
-        _rule("BLOCKS", built(build.quant_block)),
+        Rule("*", frozenset(BLOCKS), lambda module, found: _block(scheme, module, found if seen else None)),
         _rule("ATTENTIONS", built(build.quant_attention)),
         _rule("MLPS", built(build.quant_mlp)),
-        _rule("PATCH_EMBEDS", lambda parts, observed: QuantPatchEmbed.from_parts(parts)),
+        _rule("PATCH_EMBEDS", lambda parts, found: QuantPatchEmbed.from_parts(parts)),
         Rule("*", LINEAR, partial(_plain, built(build.quant_linear)), exact=True),
     )
-    return Recipe(name, rules, calibrate.observe, needs_calibration, adapters.unpack_attention)
+    observe = partial(planning.calibrated, scheme, search, reconstruction)
+    return Recipe(name, rules, observe, needs_calibration, adapters.unpack_attention)
 
 
 def integer(
     w_bits: int,
     x_bits: int,
+    *,
     head_bits: int = 8,
     layers: Iterable[tuple[str, int, int]] = (),
     observer: str = "minmax",
     granularity: str = "token",
     bias_correction: bool = True,
+    search: bool | None = None,
+    reconstruction: Reconstruction | None = None,
 ) -> Recipe:
-    """Integer weights of w_bits and activations of x_bits, 2 to 8; the arguments are those of modules.build.Scheme.
+    """Integer weights of w_bits (2, 3, 4, 5, 6, 8) and activations of x_bits (3 to 8).
 
-    The classifier has 8 bits, unless `layers` says otherwise, and so has the patch embedding.
+    head_bits to bias_correction  as in modules.build.Scheme; the classifier keeps 8 bits unless `layers` names it
+    search          whether codes, clips and biases are searched, block by block (calibrate.refine); None: below 8 bits
+    reconstruction  also learn the rounding, as calibrate.reconstruct does: minutes for a small model
     """
-    choices = (*layers, *(((name, 8, 8)) for name in CLASSIFIERS))
+    choices = (*layers, *((name, 8, 8) for name in CLASSIFIERS))
     scheme = Scheme(w_bits, x_bits, head_bits, choices, None, observer, granularity, bias_correction)
-    return _integer(f"W{w_bits}A{x_bits}", scheme)
+    low = min(w_bits, x_bits, *(min(bits) for _, *bits in layers)) < 8
+    search = low if search is None else search
+    return _integer(f"W{w_bits}A{x_bits}", scheme, search=search, reconstruction=reconstruction)
 
 
 def weight_only(w_bits: int, group_size: int = 0) -> Recipe:

@@ -8,6 +8,12 @@
     w, bias = calibrate.fold_linear(qkv.weight, qkv.bias, fold)
 
 It sees modules and batches, never kernels. Nothing here is random: the same batches give the same numbers.
+
+scales     min-max, percentile and MSE observers, RepQ-ViT's percentile search; 2 to 8 bits
+fold       the general fold; repq, sqb: the folds of RepQ-ViT, LRP-QViT and MPTQ-ViT
+adalog     AdaLog's search for scales, zero points and log bases; sulq, twin, optm: the other formats of softmax and GELU
+relevance  what a layer contributes; allocate: bits per layer under a budget
+norms      RepBN and Unified Normalization folded away
 """
 
 from pyvit_accel.calibrate import allocate, norms
@@ -29,9 +35,9 @@ from pyvit_accel.calibrate.fold import (
     outlier_fold,
     range_fold,
 )
-from pyvit_accel.calibrate.observers import Activation, Observed, observe
+from pyvit_accel.calibrate.observers import Activation, Kept, Observed, observe
 from pyvit_accel.calibrate.optm import optm_gelu
-from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan
+from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan, block_output, output_error
 from pyvit_accel.calibrate.relevance import relevance
 from pyvit_accel.calibrate.repq import channel_scales, clipped_scales, log_sqrt2_scale, refold, repq_fold, repq_plan
 from pyvit_accel.calibrate.scales import affine_scale, percentile_search, symmetric_scale
@@ -43,6 +49,7 @@ __all__ = [
     "Activation",
     "BlockPlan",
     "Fold",
+    "Kept",
     "LinearPlan",
     "Observed",
     "adalog_gelu",
@@ -51,6 +58,7 @@ __all__ = [
     "affine_scale",
     "allocate",
     "bias_correction",
+    "block_output",
     "channel_scales",
     "clipped_scales",
     "fold_linear",
@@ -64,6 +72,7 @@ __all__ = [
     "observe",
     "optm_gelu",
     "outlier_fold",
+    "output_error",
     "percentile_search",
     "range_fold",
     "refold",

@@ -3,11 +3,13 @@
 min, max, mean  (C,)    float32, over every row seen; C is the last axis of the layer's input or output
 sample          (R, C)  float32, at most `rows` rows, evenly spaced over all batches
 count           rows seen; a row is one token
+
+Of blocks the inputs themselves can be kept, for searches that run them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,11 +81,61 @@ class _Accumulator:
         return Activation(self.lo, self.hi, mean, torch.cat(self.kept), self.count)
 
 
-class Observed:
-    """What `observe` saw: `input(layer)` and `output(layer)` give an Activation."""
+@dataclass(frozen=True)
+class Kept:
+    """A block, and its inputs (images, N, C); None: the outputs of the block kept before it."""
 
-    def __init__(self, names: dict[nn.Module, str], inputs: dict, outputs: dict):
-        self._names, self._inputs, self._outputs = names, inputs, outputs
+    block: nn.Module
+    inputs: Tensor | None
+
+
+class _Keeper:
+    """Inputs of blocks over the batches. Where a block's input is the very output of the one before, that is noted in
+    place of the tensor: a plain stack of blocks costs the memory of one input."""
+
+    def __init__(self, images: int):
+        self.left = images
+        self.inputs: dict[nn.Module, list[Tensor]] = {}  # in the order of the first batch
+        self.after: dict[nn.Module, nn.Module | None] = {}
+        self.refused: set[nn.Module] = set()
+        self.called: set[nn.Module] = set()
+        self.last: tuple[nn.Module | None, Tensor | None] = None, None
+
+    def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self.left <= 0:
+            return
+        x, *others = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)] or [None]
+        y = output[0] if isinstance(output, (tuple, list)) else output
+        before = self.last[0] if x is not None and x is self.last[1] else None
+        alike = isinstance(x, Tensor) and x.dim() == 3 and isinstance(y, Tensor) and y.shape == x.shape
+        if not alike or others or module in self.called or self.after.setdefault(module, before) is not before:
+            self.refused.add(module)
+            return
+        self.called.add(module)
+        kept = self.inputs.setdefault(module, [])
+        if before is None:
+            kept.append(x[: self.left].detach().float().clone())
+        self.last = module, y
+
+    def end_batch(self) -> None:
+        self.left -= max((kept[-1].shape[0] for kept in self.inputs.values() if kept), default=0)
+        self.called.clear()
+        self.last = None, None
+
+    def result(self) -> tuple[Kept, ...]:
+        found: dict[nn.Module, Kept] = {}
+        for module, inputs in self.inputs.items():
+            before = self.after[module]
+            if module not in self.refused and (before is None or before in found):
+                found[module] = Kept(module, torch.cat(inputs) if before is None else None)
+        return tuple(found.values())
+
+
+class Observed:
+    """What `observe` saw: `input(layer)` and `output(layer)` give an Activation. blocks: those that were kept."""
+
+    def __init__(self, names: dict[nn.Module, str], inputs: dict, outputs: dict, blocks: tuple[Kept, ...] = ()):
+        self._names, self._inputs, self._outputs, self.blocks = names, inputs, outputs, blocks
 
     def input(self, layer: nn.Module) -> Activation:
         return self._get(self._inputs, layer)
@@ -114,12 +166,16 @@ def observe(
     batches: Tensor | Mapping | Iterable,
     modules: Iterable[nn.Module] | None = None,
     rows: int = 512,
+    keep: Callable[[nn.Module], bool] | None = None,
+    images: int = 64,
 ) -> Observed:
     """Run the float model over the batches without gradients and collect statistics of the layers' inputs and outputs.
 
     batches: an iterable of batches, or one batch. A batch is a Tensor, a tuple or list whose first element is the
     input (a DataLoader with labels), or a mapping of keyword arguments. It is moved to the model's device.
     modules: which layers to watch; every nn.Linear when None. rows: the most sample rows kept per tensor.
+    keep: of which modules to keep the inputs (B, N, C), of at most so many images. A module that also got a mask, or
+    ran more than once a batch, is left out.
     """
     if model.training:
         raise ValueError("observe: the model is in training mode, dropout would change the numbers; call model.eval()")
@@ -134,6 +190,7 @@ def observe(
     inputs = {module: _Accumulator(rows) for module in watched_names}
     outputs = {module: _Accumulator(rows) for module in watched_names}
     batch_index = 0
+    keeper = _Keeper(images)
 
     def hook(module, args, kwargs, output):
         x = args[0] if args else next(iter(kwargs.values()))
@@ -145,12 +202,15 @@ def observe(
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in watched_names]
+    if keep is not None:
+        handles += [m.register_forward_hook(keeper.hook, with_kwargs=True) for m in names if keep(m)]
     num_batches = 0
     try:
         with torch.no_grad():
             for batch_index, batch in enumerate([batches] if isinstance(batches, (Tensor, Mapping)) else batches):
                 args, kwargs = _call_arguments(batch, batch_index, device)
                 model(*args, **kwargs)
+                keeper.end_batch()
                 num_batches += 1
     finally:
         for handle in handles:
@@ -161,6 +221,7 @@ def observe(
         watched_names,
         {module: seen.result() for module, seen in inputs.items() if seen.count},
         {module: seen.result() for module, seen in outputs.items() if seen.count},
+        keeper.result(),
     )
 
 

@@ -114,6 +114,15 @@ def linear_output(plan: LinearPlan, x: Tensor, rint: Rint = torch.round, weight:
     return F.linear(quantized_input(plan, x, rint), plan.weight_hat() if weight is None else weight, plan.bias)
 
 
+def output_error(plan: LinearPlan) -> float | None:
+    """|y_hat - y| / |y| of the product without its bias, on the rows of `seen`; None without them."""
+    if plan.seen is None:
+        return None
+    x = plan.seen.sample
+    y = x @ plan.weight.T
+    return float((quantized_input(plan, x) @ plan.weight_hat().T - y).norm() / y.norm().clamp_min(1e-30))
+
+
 def block_output(plan: BlockPlan, x: Tensor, rint: Rint = torch.round, weights: dict[str, Tensor] | None = None) -> Tensor:
     """The block on x (B, N, C). weights: others in place of weight_hat(), by "qkv", "proj", "fc1", "fc2".
 

@@ -72,6 +72,9 @@ class Scheme:
                 return {"w_bits": w_bits, "x_bits": x_bits}
         return {"w_bits": self.w_bits, "x_bits": self.x_bits}
 
+    def with_observed(self, observed: Observed | None) -> Scheme:
+        return replace(self, observed=observed)
+
     @property
     def symmetric(self) -> partial:
         return partial(calibrate.symmetric_scale, method=self.observer)
@@ -119,6 +122,12 @@ def plan_block(parts: BlockParts, scheme: Scheme) -> BlockPlan:
         fc2=_fc2(mlp.fc2, scheme),
         layer_scale2=layer_scales[1],
     )
+
+
+def output_errors(plan: BlockPlan) -> dict[str, float | None]:
+    """Of every matmul of the packed block, by name: |y_hat - y| / |y| on the input rows that calibration kept."""
+    linears = {"attention.qkv": plan.qkv, "attention.proj": plan.proj, "mlp.fc1": plan.fc1, "mlp.fc2": plan.fc2}
+    return {name: calibrate.output_error(linear) for name, linear in linears.items()}
 
 
 def pack_block(plan: BlockPlan, parts: BlockParts) -> QuantBlock:

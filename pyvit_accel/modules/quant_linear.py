@@ -63,6 +63,14 @@ class PackedWeight(nn.Module):
         """The weight (N, K) the matmul multiplies with, float32."""
         return affine.dequantize(self.codes(), self.w_scale[:, None])
 
+    def formats(self) -> tuple[str, str]:
+        """Of the weight and of the activations."""
+        return f"int{self.w_bits}", "float"
+
+    def weight_bytes(self) -> int:
+        """Of the packed weight with its scales and sums."""
+        return sum(t.nbytes for name, t in self.named_buffers(recurse=False) if name.startswith("w_"))
+
     def config(self) -> dict:
         """What the constructor needs to make this module anew, JSON-able."""
         return {
@@ -147,6 +155,9 @@ class QuantLinear(PackedWeight):
         return ops.lowbit_linear(
             codes, scale, self.w_packed, self.w_scale, self.bias, x_zero_point=self.x_zero_point, **epilogue
         )
+
+    def formats(self) -> tuple[str, str]:
+        return f"int{self.w_bits}", f"int{self.x_bits}"
 
     def forward(self, x: Tensor) -> Tensor:
         return refuse_gradient(self.matmul(*self.quantize(x)).to(x.dtype), x)

@@ -54,6 +54,9 @@ class QuantPatchEmbed(PackedWeight):
             return self.conv(images.to(dtype)).flatten(2).transpose(1, 2)
         return ops.quant_patch_embed(images, self.w_packed, self.w_scale, self.bias, self.patch_size).to(dtype)
 
+    def formats(self) -> tuple[str, str]:
+        return f"int{self.w_bits}", "uint8"
+
     def config(self) -> dict:
         return {
             "in_channels": self.conv.in_channels,
