@@ -11,7 +11,7 @@ It sees modules and batches, never kernels. Nothing here is random: the same bat
 
 scales     min-max, percentile and MSE observers, RepQ-ViT's percentile search; 2 to 8 bits
 fold       the general fold; repq, sqb: the folds of RepQ-ViT, LRP-QViT and MPTQ-ViT
-adalog     AdaLog's search for scales, zero points and log bases; sulq, twin, optm: the other formats of softmax and GELU
+adalog     AdaLog's search for scales, zero points and bases; sulq, twin, optm: other formats of softmax and GELU
 relevance  what a layer contributes; allocate: bits per layer under a budget
 norms      RepBN and Unified Normalization folded away
 """
