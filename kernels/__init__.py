@@ -1,7 +1,17 @@
 """Triton kernels: launchers with the names and signatures of the references, for CUDA tensors."""
 
+from .codebook_linear import codebook_linear
 from .lowbit_linear import lowbit_linear
 from .norm_quant import norm_quant, norm_quant_dynamic
 from .quantize import quantize, quantize_dynamic
+from .weight_only_linear import weight_only_linear
 
-__all__ = ["lowbit_linear", "norm_quant", "norm_quant_dynamic", "quantize", "quantize_dynamic"]
+__all__ = [
+    "codebook_linear",
+    "lowbit_linear",
+    "norm_quant",
+    "norm_quant_dynamic",
+    "quantize",
+    "quantize_dynamic",
+    "weight_only_linear",
+]

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 FLAGS = {"enable_fp_fusion": False}
+MATMUL_FLAGS = FLAGS | {"maxnreg": 255}  # told no limit, ptxas spills a register or two where it stops at 168
+GROUP_M = 8  # row blocks that share a column of weight tiles in L2
 MIN_SCALE = tl.constexpr(1e-30)  # formats/affine.py
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: the sum with |x| <= 2^22 holds rint(x), half to even, in its low bits
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -26,17 +28,28 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def vector(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def bits_of(w_packed: Tensor, K: int) -> int:
+    """The number of bits of the codes, from the length of a row of packed weights with K inputs."""
+    return (w_packed.shape[1] - 64) // (64 * triton.cdiv(K, 32)) if K else 8
+
+
 @triton.jit
-def to_codes(y, inv_scale, zero_point):
-    """clip(rint(y * inv_scale) + zero_point, -128, 127) as int8. Clipping to integers first commutes with rint."""
-    t = tl.minimum(tl.maximum(y * inv_scale, -128.0 - zero_point), 127.0 - zero_point)
+def to_codes(y, inv_scale, zero_point, BITS: tl.constexpr):
+    """clip(rint(y * inv_scale) + zero_point) to BITS bits, as int8. Clipping to integers first commutes with rint."""
+    lo: tl.constexpr = -(2 ** (BITS - 1))
+    hi: tl.constexpr = 2 ** (BITS - 1) - 1
+    t = tl.minimum(tl.maximum(y * inv_scale, lo * 1.0 - zero_point), hi * 1.0 - zero_point)
     return ((t + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS + zero_point).to(tl.int8)
 
 
 @triton.jit
-def scale_of(amax, Q_MAX: tl.constexpr = 127.0):
+def scale_of(amax, Q_MAX: tl.constexpr):
     """The scale that maps amax to Q_MAX; never zero."""
-    return tl.maximum(tl.div_rn(amax, Q_MAX), MIN_SCALE)
+    return tl.maximum(tl.div_rn(amax, Q_MAX * 1.0), MIN_SCALE)
 
 
 @triton.jit
@@ -86,3 +99,43 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "quick_gelu":
         x = x * sigmoid2(x * 2.45546696)
     return x
+
+
+@triton.jit
+def block_of(blocks_m, blocks_n, GROUP_M: tl.constexpr):
+    """The block of y this program computes: GROUP_M row blocks in turn share a column of weight tiles in L2."""
+    group = tl.program_id(0) // (GROUP_M * blocks_n)
+    group_m = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    within = tl.program_id(0) % (GROUP_M * blocks_n)
+    return group * GROUP_M + within % group_m, within // group_m
+
+
+@triton.jit
+def epilogue(
+    acc, offs_m, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, out_scale_ptr, y_ptr,
+    stride_rm, out_zero_point,
+    ACTIVATION: tl.constexpr, X_SCALE_PER_ROW: tl.constexpr, OUT_SCALE_PER_COLUMN: tl.constexpr, OUT_BITS: tl.constexpr,
+):  # fmt: skip
+    """What follows a matmul, from acc (features, rows) float32 to the stored y (rows, features)."""
+    mask_m, mask_n = offs_m < M, offs_n < N
+    w_scale = tl.load(w_scale_ptr + offs_n, mask=mask_n, other=0.0)
+    if X_SCALE_PER_ROW:
+        x_scale = tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
+    else:
+        x_scale = tl.load(x_scale_ptr)
+    y = acc * (x_scale * w_scale[:, None])
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    y = activate(y, ACTIVATION)
+    if layer_scale_ptr is not None:
+        y *= tl.load(layer_scale_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    mask = mask_n[:, None] & mask_m[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offs_m[None, :] * stride_rm + offs_n[:, None], mask=mask, other=0.0)
+    if out_scale_ptr is not None:
+        if OUT_SCALE_PER_COLUMN:
+            out_scale = tl.load(out_scale_ptr + offs_n, mask=mask_n, other=1.0)[:, None]
+        else:
+            out_scale = tl.load(out_scale_ptr)
+        y = to_codes(y, tl.div_rn(1.0, out_scale), out_zero_point, OUT_BITS)
+    tl.store(y_ptr + offs_m[None, :] * N + offs_n[:, None], y, mask=mask)

@@ -1,9 +1,10 @@
-"""LayerNorm, then quantise: y = (x - mean) * rstd * weight + bias, q = clip(rint(y / scale), -128, 127).
+"""LayerNorm, then quantise: y = (x - mean) * rstd * weight + bias, q = clip(rint(y / scale)) to codes of `bits` bits.
 
 x       (M, C)       float32
 weight  (C,)         float32
 bias    (C,)         float32
-scale   (1,) | (C,)  float32, static; norm_quant_dynamic takes max |y| / 127 of each row instead, and returns it (M,)
+scale   (1,) | (C,)  float32, static; norm_quant_dynamic finds one per row and returns it (M,):
+                     max |y| clip / (2^(bits-1)-1)
 returns (M, C)       int8
 
 One program per row, the row in registers: x is read once. Mean and variance are summed in float64 and rounded once, as
@@ -24,8 +25,8 @@ from ._common import FLAGS, MIN_SCALE, rows, scale_of, to_codes
 
 @triton.jit
 def _norm_quant_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, q_ptr, C, stride_xm,
-    EPS: tl.constexpr, DYNAMIC: tl.constexpr, PER_COLUMN: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, q_ptr, C, stride_xm, clip,
+    EPS: tl.constexpr, DYNAMIC: tl.constexpr, PER_COLUMN: tl.constexpr, BITS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
@@ -42,16 +43,18 @@ def _norm_quant_kernel(
     y = (x - mean.to(tl.float32)) * rstd.to(tl.float32) * weight + bias  # zero in the tail, as weight and bias are
 
     if DYNAMIC:
-        scale = scale_of(tl.max(tl.abs(y), axis=0))
+        scale = scale_of(tl.max(tl.abs(y), axis=0) * clip, 2 ** (BITS - 1) - 1)
         tl.store(scale_ptr + row, scale)
     elif PER_COLUMN:
         scale = tl.load(scale_ptr + offs_c, mask=mask, other=1.0)
     else:
         scale = tl.load(scale_ptr)
-    tl.store(q_ptr + row * C + offs_c, to_codes(y, tl.div_rn(1.0, scale), 0), mask=mask)
+    tl.store(q_ptr + row * C + offs_c, to_codes(y, tl.div_rn(1.0, scale), 0, BITS), mask=mask)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float, dynamic: bool) -> Tensor:
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float, bits: int, clip: float, dynamic: bool
+) -> Tensor:
     x, (M, C) = rows(x), x.shape
     q = torch.empty((M, C), dtype=torch.int8, device=x.device)
     if q.numel() == 0:
@@ -59,17 +62,19 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float, 
     BLOCK_C = triton.next_power_of_2(C)
     with torch.cuda.device_of(x):
         _norm_quant_kernel[(M,)](
-            x, weight.contiguous(), bias.contiguous(), scale, q, C, x.stride(0),
-            EPS=eps, DYNAMIC=dynamic, PER_COLUMN=scale.shape[0] > 1, BLOCK_C=BLOCK_C,
+            x, weight.contiguous(), bias.contiguous(), scale, q, C, x.stride(0), float(clip),
+            EPS=eps, DYNAMIC=dynamic, PER_COLUMN=scale.shape[0] > 1, BITS=bits, BLOCK_C=BLOCK_C,
             num_warps=max(1, min(16, BLOCK_C // 512)), **FLAGS,
         )  # fmt: skip
     return q
 
 
-def norm_quant(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return _launch(x, weight, bias, scale.contiguous(), eps, dynamic=False)
+def norm_quant(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float, bits: int) -> Tensor:
+    return _launch(x, weight, bias, scale.contiguous(), eps, bits, 1.0, dynamic=False)
 
 
-def norm_quant_dynamic(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm_quant_dynamic(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, bits: int, clip: float
+) -> tuple[Tensor, Tensor]:
     scale = x.new_full((x.shape[0],), MIN_SCALE.value) if x.numel() == 0 else x.new_empty(x.shape[0])
-    return _launch(x, weight, bias, scale, eps, dynamic=True), scale
+    return _launch(x, weight, bias, scale, eps, bits, clip, dynamic=True), scale
