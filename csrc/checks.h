@@ -28,6 +28,13 @@ inline std::optional<at::Tensor> float_features(const std::optional<at::Tensor>&
   return t->contiguous();
 }
 inline void check_bits(int64_t bits) { TORCH_CHECK_VALUE(2 <= bits && bits <= 8, "codes have 2 to 8 bits, got ", bits); }
+// What takes the place of 8-bit codes, or nothing; contiguous.
+inline std::optional<at::Tensor> code_table(const std::optional<at::Tensor>& t, int64_t bits) {
+  if (!t) return std::nullopt;
+  check_dtype(*t, at::kChar, "table"), check_shape(*t, {256}, "table");
+  TORCH_CHECK_VALUE(bits == 8, "a table replaces codes of 8 bits, got ", bits);
+  return t->contiguous();
+}
 inline at::Tensor contiguous_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
 
 }  // namespace pyvit_accel

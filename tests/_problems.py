@@ -86,6 +86,7 @@ def block(
         **{f"{name}_x_bits": x_bits for name in ("qkv", "proj", "fc1", "fc2")},
         **{f"{name}_x_clip": 1.0 if x_bits == 8 else 0.7 for name in ("qkv", "proj", "fc1", "fc2")},
         "fc2_x_minimum": None if static else -0.1701,
+        "fc2_x_table": None,
     }
     return {
         "x": torch.randn(B, N, C) * 2,
@@ -140,6 +141,7 @@ def one_call_of_each() -> dict[str, Call]:
         "quantize": Call(ops.quantize, (x, vector, 3)),
         "quantize_dynamic": Call(ops.quantize, (x,)),
         "quantize_dynamic above a minimum": Call(ops.quantize, (x - x.min(),), {"minimum": 0.0}),
+        "quantize_dynamic with a table": Call(ops.quantize, (x,), {"table": codes("random", 256)}),
         "norm_quant": Call(ops.norm_quant, (x, vector, vector, vector)),
         "norm_quant_dynamic": Call(ops.norm_quant, (x, vector, vector)),
         "lowbit_linear": Call(ops.lowbit_linear, linear, epilogue),

@@ -48,6 +48,13 @@ def test_activations_without_vectors(kernel, activation):
     assert_same_bits(kernel(ops.quant_block, **args), reference(ops.quant_block, **args))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_table(kernel, shape):
+    """Of codes that the activation of the first matmul of the MLP has, whoever writes them."""
+    args = block(*shape) | {"fc2_x_table": torch.randint(-128, 128, (256,), dtype=torch.int8)}
+    assert_same_bits(kernel(ops.quant_block, **args), reference(ops.quant_block, **args))
+
+
 @pytest.mark.parametrize("bias", [-30.0, -1.0, -0.76])
 def test_hidden_rows_without_a_positive_value(kernel, bias):
     """The largest activation is then not that of the largest input."""

@@ -107,6 +107,23 @@ def test_bits_and_clip(kernel, bits, clip):
     assert_same_bits(kernel(ops.quantize, x, static, 3, bits=bits), reference(ops.quantize, x, static, 3, bits=bits))
 
 
+TABLES = {
+    "16 levels": torch.randint(-128, 128, (16,)).sort().values.repeat_interleave(16),
+    "squares": ((torch.arange(256) ** 2) // 256 - 128),
+    "any": torch.randint(-128, 128, (256,)),
+    "one": torch.full((256,), -7),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (13, 64), (7, 65), (4, 1000), (0, 8), (2, 3, 33)])
+def test_table_takes_the_place_of_codes(kernel, shape, table):
+    x, table = torch.randn(shape) * 3, TABLES[table].to(torch.int8)
+    for kwargs in ({}, {"clip": 0.7}, {"minimum": -1.0}):
+        q, scale = kernel(ops.quantize, x, **kwargs)
+        assert_same_bits(kernel(ops.quantize, x, **kwargs, table=table), (table[q.long() + 128], scale))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_computes_in_float32(impl, dtype):
     x = torch.randn(5, 33).to(dtype)
@@ -143,6 +160,14 @@ def test_errors():
             ops.quantize(x, clip=clip)
     with pytest.raises(ValueError, match=r"^quantize: clip=0\.5 is for scales per row"):
         ops.quantize(x, torch.ones(1), clip=0.5)
+    table = torch.arange(-128, 128, dtype=torch.int8)
+    for wrong in (table.int(), table[:255]):
+        with pytest.raises(ValueError, match=r"^quantize: table must be int8 \(256,\), got torch.int"):
+            ops.quantize(x, table=wrong)
+    with pytest.raises(ValueError, match=r"^quantize: a table replaces codes of 8 bits, got bits=4$"):
+        ops.quantize(x, bits=4, table=table)
+    with pytest.raises(ValueError, match="^quantize: a table is for scales per row; give no scale with it"):
+        ops.quantize(x, torch.ones(1), table=table)
     message = "quantize: minimum=-1.0 is for scales per row; a static scale takes a zero_point"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         ops.quantize(x, torch.ones(1), minimum=-1.0)

@@ -213,7 +213,8 @@ void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, i
       for (int r = 0; r < rows; ++r) row_scale[r] = totals[r] ? v_scale / ((float)totals[r] * 0.00390625f) : 0.f;
       Tile pv = {};
       pv.a = s.p, pv.a_stride = p_stride, pv.b_stride = v_tile, pv.groups = key_groups, pv.next = s.k;
-      pv.x_scale = row_scale, pv.x_scale_stride = 1, pv.w_scale = ones, pv.out_inv_scale = out_inv_scale;
+      pv.x_scale = row_scale, pv.x_scale_stride = 1, pv.w_scale = ones;
+      pv.out_inv_scale = out_inv_scale, pv.out_codes = codes_of(8, 0);
       for (int64_t t = 0; t < d_tiles; t += kTiles) {
         const int tiles = d_tiles - t < kTiles ? 1 : kTiles;
         const int64_t d = t * kTile, count = a.D - d < tiles * kTile ? a.D - d : tiles * kTile;
@@ -230,8 +231,12 @@ void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, i
           for (int64_t n = 0; n < count; n += kTile) {
             const vf y = load<vf>(unfinished + r * kTiles * kTile + n);
             const int64_t to = at + r * a.H * a.D + n;
-            if (a.out_scale) store_16((int8_t*)a.out + to, to_code(y * load<vf>(out_inv_scale + n), codes_of(8, 0)), count - n);
-            else store_16((float*)a.out + to, y, count - n);
+            if (a.out_scale) {
+              const vb codes = to_code(y * load<vf>(out_inv_scale + n), pv.out_codes);
+              store_16((int8_t*)a.out + to, codes, count - n);
+            } else {
+              store_16((float*)a.out + to, y, count - n);
+            }
           }
       }
     }

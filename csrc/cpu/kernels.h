@@ -70,6 +70,7 @@ struct Rows {
   float clip = 1;  // dynamic only: the part of a row's range that the codes span
   bool has_minimum;  // dynamic only: the codes span minimum..max x instead of -max |x|..max |x|
   float minimum;
+  const int8_t* table;  // dynamic only: what takes the place of the codes -128 .. 127; may be null
   int8_t* out;  // (M, K)
   float* out_scale;  // (M,), dynamic only
 };

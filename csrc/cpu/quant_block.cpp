@@ -21,10 +21,10 @@ struct Linear {
   int64_t N, K, w_bits, x_bits;
   float x_clip;
 
-  Linear(const at::Tensor& w, const at::Tensor& scale, const std::optional<at::Tensor>& b, int64_t k, int64_t bits, double clip,
-         const char* what)
-      : w_packed(w.contiguous()), w_scale(scale.contiguous()), bias(float_features(b, scale.numel(), what)), N(scale.numel()), K(k),
-        w_bits(packed_bits(w_packed, N, K)), x_bits(bits), x_clip((float)clip) {
+  Linear(const at::Tensor& w, const at::Tensor& scale, const std::optional<at::Tensor>& b, int64_t k, int64_t bits,
+         double clip, const char* what)
+      : w_packed(w.contiguous()), w_scale(scale.contiguous()), bias(float_features(b, scale.numel(), what)),
+        N(scale.numel()), K(k), w_bits(packed_bits(w_packed, N, K)), x_bits(bits), x_clip((float)clip) {
     check_dtype(scale, at::kFloat, what), check_bits(x_bits);
   }
   const uint8_t* weights() const { return w_packed.const_data_ptr<uint8_t>(); }
@@ -84,6 +84,7 @@ struct Block {
   Activation activation;
   int64_t head_bits, fc2_zero_point;
   std::optional<double> fc2_minimum;
+  std::optional<at::Tensor> fc2_table;
   int64_t N, C, H, D, hidden, tokens;  // of one image; tokens: how many are wanted
   float softmax_scale;
 
@@ -209,6 +210,7 @@ struct Block {
       act.x = wide, act.x_stride = act.K = hidden, act.out = (int8_t*)own, act.out_scale = row_scale;
       act.has_minimum = fc2_minimum.has_value(), act.minimum = (float)fc2_minimum.value_or(0);
       fc2.set_codes(act);
+      act.table = fc2_table ? fc2_table->const_data_ptr<int8_t>() : nullptr;
       timed(Phase::activation, [&] { k.activate_quantize(act, activation, 0, rows); });
       g.x = own;
       read_rows(g, row_scale);
@@ -238,13 +240,15 @@ struct Block {
 
 at::Tensor quant_block(
     const at::Tensor& x_in, const at::Tensor& norm1_weight, const at::Tensor& norm1_bias, double norm1_eps,
-    const std::optional<at::Tensor>& qkv_x_scale, int64_t qkv_x_bits, double qkv_x_clip, const at::Tensor& qkv_w, const at::Tensor& qkv_w_scale,
-    const std::optional<at::Tensor>& qkv_bias, int64_t num_heads, double softmax_scale,
-    const std::optional<at::Tensor>& head_scale, int64_t head_bits, int64_t proj_x_bits, double proj_x_clip, const at::Tensor& proj_w, const at::Tensor& proj_w_scale,
-    const std::optional<at::Tensor>& proj_bias, const std::optional<at::Tensor>& layer_scale1, const at::Tensor& norm2_weight,
-    const at::Tensor& norm2_bias, double norm2_eps, const std::optional<at::Tensor>& fc1_x_scale, int64_t fc1_x_bits, double fc1_x_clip, const at::Tensor& fc1_w,
-    const at::Tensor& fc1_w_scale, const std::optional<at::Tensor>& fc1_bias, std::string_view activation,
-    const std::optional<at::Tensor>& fc2_x_scale, int64_t fc2_x_bits, double fc2_x_clip, int64_t fc2_x_zero_point, std::optional<double> fc2_x_minimum,
+    const std::optional<at::Tensor>& qkv_x_scale, int64_t qkv_x_bits, double qkv_x_clip, const at::Tensor& qkv_w,
+    const at::Tensor& qkv_w_scale, const std::optional<at::Tensor>& qkv_bias, int64_t num_heads, double softmax_scale,
+    const std::optional<at::Tensor>& head_scale, int64_t head_bits, int64_t proj_x_bits, double proj_x_clip,
+    const at::Tensor& proj_w, const at::Tensor& proj_w_scale, const std::optional<at::Tensor>& proj_bias,
+    const std::optional<at::Tensor>& layer_scale1, const at::Tensor& norm2_weight, const at::Tensor& norm2_bias,
+    double norm2_eps, const std::optional<at::Tensor>& fc1_x_scale, int64_t fc1_x_bits, double fc1_x_clip,
+    const at::Tensor& fc1_w, const at::Tensor& fc1_w_scale, const std::optional<at::Tensor>& fc1_bias,
+    std::string_view activation, const std::optional<at::Tensor>& fc2_x_scale, int64_t fc2_x_bits, double fc2_x_clip,
+    int64_t fc2_x_zero_point, std::optional<double> fc2_x_minimum, const std::optional<at::Tensor>& fc2_x_table,
     const at::Tensor& fc2_w, const at::Tensor& fc2_w_scale, const std::optional<at::Tensor>& fc2_bias,
     const std::optional<at::Tensor>& layer_scale2, int64_t tokens) {
   check_dtype(x_in, at::kFloat, "x");
@@ -272,7 +276,7 @@ at::Tensor quant_block(
       float_features(layer_scale1, C, "layer_scale1"), float_features(layer_scale2, C, "layer_scale2"),
       head_scale ? std::optional<at::Tensor>(head_scale->contiguous()) : std::nullopt, qkv_scale,
       one_or_all(fc2_x_scale, hidden, "fc2_x_scale"), parse_activation(activation), head_bits, fc2_x_zero_point, fc2_x_minimum,
-      N, C, H, D, hidden, tokens, (float)softmax_scale};
+      code_table(fc2_x_table, fc2_x_bits), N, C, H, D, hidden, tokens, (float)softmax_scale};
   const at::Tensor out = at::empty({B, tokens, C}, x.options());
   if (out.numel() == 0) return out;
   // A few images at a time, enough rows for all threads: what the threads share then stays in cache.

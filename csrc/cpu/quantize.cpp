@@ -9,9 +9,12 @@ at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, int64_t zero_p
   p.bits = bits;
   return std::get<0>(rows_op(x, scale, zero_point, p, kernels().quantize));
 }
-std::tuple<at::Tensor, at::Tensor> quantize_dynamic(const at::Tensor& x, std::optional<double> minimum, int64_t bits, double clip) {
+std::tuple<at::Tensor, at::Tensor> quantize_dynamic(const at::Tensor& x, std::optional<double> minimum, int64_t bits, double clip,
+                                                    const std::optional<at::Tensor>& table_in) {
   Rows p = {};
   p.bits = bits, p.clip = (float)clip;
+  const auto table = code_table(table_in, bits);
+  p.table = table ? table->const_data_ptr<int8_t>() : nullptr;
   p.has_minimum = minimum.has_value(), p.minimum = (float)minimum.value_or(0);
   return rows_op(x, std::nullopt, 0, p, kernels().quantize);
 }

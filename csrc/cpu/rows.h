@@ -42,6 +42,36 @@ INLINE Codes codes_of(const Rows& p) {
   return codes_of(p.bits, p.scale ? p.zero_point : p.has_minimum ? -((int64_t)1 << (p.bits - 1)) : 0);
 }
 
+// A table of codes as its value at -128 and what it gains at every code where it changes, modulo 256: a table of 16 levels
+// is 15 comparisons of 64 codes at once, on any processor.
+struct Steps {
+  bool any;
+  int count = 0;
+  uint8_t first;
+  int8_t at[255];
+  uint8_t gain[255];
+
+  INLINE explicit Steps(const int8_t* table) : any(table) {
+    if (!any) return;
+    first = table[0];
+    for (int i = 1; i < 256; ++i)
+      if (table[i] != table[i - 1]) at[count] = i - 128, gain[count++] = table[i] - table[i - 1];
+  }
+  INLINE void apply(int8_t* codes, int64_t n) const {
+    if (!any) return;
+    typedef int8_t s64 __attribute__((vector_size(64)));
+    typedef uint8_t u64 __attribute__((vector_size(64)));
+    for (int64_t k = 0; k < n; k += 64) {
+      const size_t bytes = n - k < 64 ? n - k : 64;
+      s64 code = {};
+      __builtin_memcpy(&code, codes + k, bytes);
+      u64 out = u64{} + first;
+      for (int i = 0; i < count; ++i) out += (u64)(code >= at[i]) & gain[i];
+      __builtin_memcpy(codes + k, &out, bytes);
+    }
+  }
+};
+
 template <bool kNorm>
 INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
   // The codes are bytes, which may alias anything: what the loops need is copied out of p first.
@@ -50,6 +80,7 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
   const bool fixed = p.scale != nullptr, has_minimum = p.has_minimum;
   const vf inv = fixed ? 1.f / splat(*p.scale) : vf{};
   const Codes codes = codes_of(p);
+  const Steps steps(p.table);
   float* const y = fixed ? nullptr : (float*)scratch(kBatch * padded * sizeof(float), 0);
   for (int64_t m = row_begin; m < row_end; m += kBatch) {
     const int rows = row_end - m < kBatch ? (int)(row_end - m) : kBatch;
@@ -91,9 +122,11 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
       p.out_scale[m + r] = scale;
       inverse[r] = 1.f / scale;
     }
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
       for (int64_t k = 0; k < K; k += 16)
         store_16(out + r * K + k, to_code(load<vf>(y + r * padded + k) * inverse[r], codes), K - k);
+      steps.apply(out + r * K, K);
+    }
   }
 }
 
@@ -104,7 +137,7 @@ void norm_quant(const Rows& p, int64_t row_begin, int64_t row_end) { quantize_ro
 // before the outputs are. Rounding may make another output larger by an ulp, and negative rows have no such order: then
 // the row is written again with the scale it should have had.
 template <Activation A>
-INLINE void activate_quantize_row(const Rows& p, int64_t m) {
+INLINE void activate_quantize_row(const Rows& p, const Steps& steps, int64_t m) {
   const float* x = (const float*)p.x + m * p.x_stride;
   const int64_t K = p.K;
   const float minimum = p.has_minimum ? p.minimum : 0.f;
@@ -132,12 +165,14 @@ INLINE void activate_quantize_row(const Rows& p, int64_t m) {
     if (found == peak) break;
     peak = found;
   }
+  steps.apply(p.out + m * K, K);
 }
 void activate_quantize(const Rows& p, Activation activation, int64_t row_begin, int64_t row_end) {
+  const Steps steps(p.table);
   for (int64_t m = row_begin; m < row_end; ++m) switch (activation) {
-    case Activation::none: activate_quantize_row<Activation::none>(p, m); break;
-    case Activation::gelu: activate_quantize_row<Activation::gelu>(p, m); break;
-    case Activation::gelu_tanh: activate_quantize_row<Activation::gelu_tanh>(p, m); break;
-    case Activation::quick_gelu: activate_quantize_row<Activation::quick_gelu>(p, m); break;
+    case Activation::none: activate_quantize_row<Activation::none>(p, steps, m); break;
+    case Activation::gelu: activate_quantize_row<Activation::gelu>(p, steps, m); break;
+    case Activation::gelu_tanh: activate_quantize_row<Activation::gelu_tanh>(p, steps, m); break;
+    case Activation::quick_gelu: activate_quantize_row<Activation::quick_gelu>(p, steps, m); break;
   }
 }

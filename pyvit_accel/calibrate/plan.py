@@ -1,8 +1,8 @@
 """What a block will be once it is quantized, still in floats: folded weights, formats, scales, chosen codes.
 
-Folds and searches make a plan and refine it; modules pack it. Between the two, `linear_output` and `block_output` say in
-plain float arithmetic what the packed block will compute, differentiable where `rint` is: every search measures itself
-with them.
+Folds and searches make a plan and refine it; modules pack it. Between the two, `linear_output` and `block_output` say
+in plain float arithmetic what the packed block will compute, differentiable where `rint` is: every search measures
+itself with them.
 
     y = Q(x) @ What.T + bias        Q quantizes and dequantizes as the plan says, What = codes * w_scale
 """
@@ -35,6 +35,8 @@ class LinearPlan:
     x_scale         (1,) | (K,) static, x ~ (q - x_zero_point) * x_scale; None: one per token, found at run time
     x_minimum       of an input with a scale per token: a lower bound of it, from which the codes start
     x_clip          of an input with a scale per token: the part of its range that the codes span
+    x_table         (256,) int8 of an input with a minimum: the operand of each 8-bit code, 2^x_bits different ones;
+                    codes are then found with 8 bits, and the table rounds them to levels unevenly spaced
     w_scale         (N,) of `packed`; None: formats.affine chooses
     codes           (N, K) int8 of `packed`; None: the nearest
     seen            what calibration saw of the input, after the folds
@@ -48,6 +50,7 @@ class LinearPlan:
     x_zero_point: int = 0
     x_minimum: float | None = None
     x_clip: float = 1.0
+    x_table: Tensor | None = None
     w_scale: Tensor | None = None
     codes: Tensor | None = None
     seen: Activation | None = None
@@ -98,9 +101,14 @@ def quantized_input(plan: LinearPlan, x: Tensor, rint: Rint = torch.round) -> Te
         return _fake(x, plan.x_scale, plan.x_zero_point, plan.x_bits, rint)
     if plan.x_minimum is None:
         return fake_per_token(x, plan.x_bits, plan.x_clip, rint)
-    lo, hi = affine.q_range(plan.x_bits)
+    bits = plan.x_bits if plan.x_table is None else 8
+    lo, hi = affine.q_range(bits)
     scale = affine.scale_of((x - plan.x_minimum).amax(-1, keepdim=True) * plan.x_clip, hi - lo)
-    return _fake(x - plan.x_minimum, scale, lo, plan.x_bits, rint) + plan.x_minimum
+    y = _fake(x - plan.x_minimum, scale, lo, bits, rint)
+    if plan.x_table is not None:
+        codes = torch.round(y.detach() / scale).clamp(0, 255).long()
+        y = y + ((plan.x_table[codes].float() + 128) * scale - y).detach()  # the gradient of the 8-bit code
+    return y + plan.x_minimum
 
 
 def fake_per_token(x: Tensor, bits: int, clip: float = 1.0, rint: Rint = torch.round) -> Tensor:
@@ -123,7 +131,9 @@ def output_error(plan: LinearPlan) -> float | None:
     return float((quantized_input(plan, x) @ plan.weight_hat().T - y).norm() / y.norm().clamp_min(1e-30))
 
 
-def block_output(plan: BlockPlan, x: Tensor, rint: Rint = torch.round, weights: dict[str, Tensor] | None = None) -> Tensor:
+def block_output(
+    plan: BlockPlan, x: Tensor, rint: Rint = torch.round, weights: dict[str, Tensor] | None = None
+) -> Tensor:
     """The block on x (B, N, C). weights: others in place of weight_hat(), by "qkv", "proj", "fc1", "fc2".
 
     Probabilities are floats here; in the kernels they are bytes whose errors add up to nothing along the keys.

@@ -79,7 +79,7 @@ class QuantBlock(nn.Module):
             *(norm2["weight"], norm2["bias"], modules["norm2"].eps),
             *(fc1["x_scale"], fc1_in.x_bits, fc1_in.x_clip),
             *(fc1["w_packed"], fc1["w_scale"], fc1["bias"], mlp.activation),
-            *(fc2["x_scale"], fc2_in.x_bits, fc2_in.x_clip, fc2_in.x_zero_point, fc2_in.x_minimum),
+            *(fc2["x_scale"], fc2_in.code_bits, fc2_in.x_clip, fc2_in.x_zero_point, fc2_in.x_minimum, fc2["x_table"]),
             *(fc2["w_packed"], fc2["w_scale"], fc2["bias"]),
             *(layer_scale["layer_scale2"], tokens),
         )

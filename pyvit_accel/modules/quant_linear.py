@@ -92,7 +92,8 @@ class QuantLinear(PackedWeight):
     x_scale: the static scale of x, (1,), or (K,) one per input feature, which the packed weight then contains; with an
     integer zero point. None: one scale per token, found at run time, whose codes span the part x_clip of the token's
     range; x_minimum then is a known lower bound of x from which the codes start, its share of the product in the bias.
-    In a block the producer of x quantises instead, in its own epilogue, by reading x_scale and x_zero_point here.
+    x_table replaces each of its 8-bit codes by one of 2^x_bits, not evenly spaced: the format of GELU outputs at few
+    bits. In a block the producer of x quantises instead, in its own epilogue, by reading x_scale and x_zero_point here.
     """
 
     def __init__(
@@ -105,14 +106,18 @@ class QuantLinear(PackedWeight):
         x_scale: int = 0,
         x_minimum: float | None = None,
         x_clip: float = 1.0,
+        x_table: bool = False,
     ) -> None:
         """x_scale: how many values it has, 0 for one per token."""
         super().__init__(in_features, out_features, bias, w_bits)
         # In this order: torch.export (2.13) counts buffers that are None, and lacks an input when two come before one.
         self.register_buffer("unit_scale", torch.ones(1))  # of codes whose x_scale the weight contains
         self.register_buffer("x_scale", torch.ones(x_scale) if x_scale else None)
+        identity = torch.arange(-128, 128).to(torch.int8)
+        self.register_buffer("x_table", identity if x_table else None)
         self.x_bits, self.x_minimum, self.x_clip = x_bits, x_minimum, x_clip
-        self.x_zero_point = 0 if x_minimum is None else affine.q_range(x_bits)[0]
+        self.code_bits = 8 if x_table else x_bits  # that codes are found with, before the table
+        self.x_zero_point = 0 if x_minimum is None else affine.q_range(self.code_bits)[0]
 
     @classmethod
     def from_linear(
@@ -130,8 +135,10 @@ class QuantLinear(PackedWeight):
         plan, (N, K) = plan.quantized(), plan.weight.shape
         has_bias = plan.bias is not None or plan.x_minimum is not None
         x_scale = 0 if plan.x_scale is None else plan.x_scale.numel()
-        new = cls(K, N, has_bias, plan.w_bits, plan.x_bits, x_scale, plan.x_minimum, plan.x_clip)
+        has_table = plan.x_table is not None
+        new = cls(K, N, has_bias, plan.w_bits, plan.x_bits, x_scale, plan.x_minimum, plan.x_clip, has_table)
         new = new.to(plan.weight.device)
+        new.x_table = plan.x_table
         if plan.x_scale is not None:
             new.x_scale, new.x_zero_point = plan.x_scale, plan.x_zero_point
         bias = plan.bias
@@ -144,7 +151,7 @@ class QuantLinear(PackedWeight):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Float x (..., K) to the codes and scale that matmul takes."""
         if self.x_scale is None:
-            return ops.quantize(x, minimum=self.x_minimum, bits=self.x_bits, clip=self.x_clip)
+            return ops.quantize(x, minimum=self.x_minimum, bits=self.code_bits, clip=self.x_clip, table=self.x_table)
         return ops.quantize(x, self.x_scale, self.x_zero_point, bits=self.x_bits)
 
     def matmul(self, codes: Tensor, scale: Tensor | None = None, **epilogue) -> Tensor:
@@ -171,7 +178,7 @@ class QuantLinear(PackedWeight):
     def config(self) -> dict:
         x_scale = 0 if self.x_scale is None else self.x_scale.numel()
         inputs = {"x_bits": self.x_bits, "x_scale": x_scale, "x_minimum": self.x_minimum, "x_clip": self.x_clip}
-        return super().config() | inputs
+        return super().config() | inputs | {"x_table": self.x_table is not None}
 
     def extra_repr(self) -> str:
         kinds = {0: "per token", 1: "static"}

@@ -46,6 +46,15 @@ def check_clip(op: str, clip: float) -> None:
         raise ValueError(f"{op}: clip={clip} is outside 0..1; 1 spans the whole range of a row")
 
 
+def check_table(op: str, table: Tensor | None, bits: int) -> None:
+    if table is None:
+        return
+    if table.dtype != torch.int8 or table.shape != (256,):
+        raise ValueError(f"{op}: table must be int8 (256,), got {table.dtype} {tuple(table.shape)}")
+    if bits != 8:
+        raise ValueError(f"{op}: a table replaces codes of 8 bits, got bits={bits}")
+
+
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> Callable:
     """Define an op whose meaning, on any device without a kernel of its own, is the reference. Returns its overload."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

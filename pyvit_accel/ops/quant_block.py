@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyvit_accel import reference
 
-from ._library import check_bits, define
+from ._library import check_bits, check_table, define
 from .lowbit_linear import ACTIVATIONS
 
 
@@ -24,8 +24,8 @@ _op = define(
     "Tensor? proj_bias, Tensor? layer_scale1, Tensor norm2_weight, Tensor norm2_bias, float norm2_eps, "
     "Tensor? fc1_x_scale, int fc1_x_bits, float fc1_x_clip, Tensor fc1_w, Tensor fc1_w_scale, Tensor? fc1_bias, "
     "str activation, Tensor? fc2_x_scale, int fc2_x_bits, float fc2_x_clip, int fc2_x_zero_point, "
-    "float? fc2_x_minimum, Tensor fc2_w, Tensor fc2_w_scale, Tensor? fc2_bias, Tensor? layer_scale2, int tokens) "
-    "-> Tensor",
+    "float? fc2_x_minimum, Tensor? fc2_x_table, Tensor fc2_w, Tensor fc2_w_scale, Tensor? fc2_bias, "
+    "Tensor? layer_scale2, int tokens) -> Tensor",
     _composed,
     lambda x, *rest: x.new_empty(x.shape[0], rest[-1], x.shape[2]),
 )
@@ -67,6 +67,7 @@ def quant_block(
     fc2_x_clip: float,
     fc2_x_zero_point: int,
     fc2_x_minimum: float | None,
+    fc2_x_table: Tensor | None,
     fc2_w: Tensor,
     fc2_w_scale: Tensor,
     fc2_bias: Tensor | None,
@@ -85,6 +86,7 @@ def quant_block(
     *_x_bits, head_bits   2 to 8             of the codes a matmul reads, and of those of q, k, v
     *_x_clip              of scales per row: the part of its range that the codes span
     fc2_x_zero_point      the code of zero; with fc2_x_scale None, -2^(bits-1) goes with a minimum and 0 with none
+    fc2_x_table           (256,) | None      int8: what takes the place of the 8-bit codes of the activation
     fc2_x_minimum         a lower bound of the activation, from which codes found at run time start
     layer_scale*          (C,) | None        float32
     tokens                only the first ones of every image are wanted; None: all
@@ -104,10 +106,11 @@ def quant_block(
     for name, bits in (("qkv", qkv_x_bits), ("proj", proj_x_bits), ("fc1", fc1_x_bits), ("fc2", fc2_x_bits)):
         check_bits("quant_block", bits, f"{name}_x_bits")
     check_bits("quant_block", head_bits, "head_bits")
+    check_table("quant_block", fc2_x_table, fc2_x_bits)
     return _op(
         x, norm1_weight, norm1_bias, norm1_eps, qkv_x_scale, qkv_x_bits, qkv_x_clip, qkv_w, qkv_w_scale, qkv_bias,
         num_heads, softmax_scale, head_scale, head_bits, proj_x_bits, proj_x_clip, proj_w, proj_w_scale, proj_bias,
         layer_scale1, norm2_weight, norm2_bias, norm2_eps, fc1_x_scale, fc1_x_bits, fc1_x_clip, fc1_w, fc1_w_scale,
-        fc1_bias, activation, fc2_x_scale, fc2_x_bits, fc2_x_clip, fc2_x_zero_point, fc2_x_minimum, fc2_w,
-        fc2_w_scale, fc2_bias, layer_scale2, tokens,
+        fc1_bias, activation, fc2_x_scale, fc2_x_bits, fc2_x_clip, fc2_x_zero_point, fc2_x_minimum, fc2_x_table,
+        fc2_w, fc2_w_scale, fc2_bias, layer_scale2, tokens,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyvit_accel import reference
 
-from ._library import check_bits, check_clip, check_rows, check_vector, define
+from ._library import check_bits, check_clip, check_rows, check_table, check_vector, define
 
 
 def _codes_like(x: Tensor) -> Tensor:
@@ -22,9 +22,9 @@ _static = define(
 )
 _dynamic = define(
     "quantize_dynamic",
-    "(Tensor x, float? minimum, int bits, float clip) -> (Tensor, Tensor)",
+    "(Tensor x, float? minimum, int bits, float clip, Tensor? table) -> (Tensor, Tensor)",
     reference.quantize_dynamic,
-    lambda x, minimum, bits, clip: (_codes_like(x), x.new_empty(x.shape[0])),
+    lambda x, minimum, bits, clip, table: (_codes_like(x), x.new_empty(x.shape[0])),
 )
 
 
@@ -35,6 +35,7 @@ def quantize(
     minimum: float | None = None,
     bits: int = 8,
     clip: float = 1.0,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q = clip(rint(x / scale) + zero_point) to -2^(bits-1) .. 2^(bits-1)-1.
 
@@ -43,21 +44,25 @@ def quantize(
     minimum     float        without a scale, a lower bound of x: x ~ (q + 2^(bits-1)) * scale + minimum
     bits        int          2 to 8
     clip        float        of scales per row: the part of the range that the codes span, in 0..1
+    table       (256,) int8  without a scale: what takes the place of the codes -128 .. 127, for levels unevenly spaced
     returns     codes (..., K) int8, and the scale: the one given, or (rows,) float32
 
     NaN has no defined code. Raises ValueError when the scale does not fit x, bits or clip are out of range, a zero
-    point comes without a scale, a minimum or a clip with one. No gradient.
+    point comes without a scale, a minimum, a clip or a table with one. No gradient.
     """
     K = check_rows("quantize", x)
     rows = x.reshape(-1, K).float()
     check_bits("quantize", bits)
+    check_table("quantize", table, bits)
     if scale is None:
         if zero_point:
             raise ValueError(f"quantize: zero_point={zero_point} needs a static scale; per-row scales are symmetric")
         check_clip("quantize", clip)
-        codes, scale = _dynamic(rows, minimum, bits, clip)
+        codes, scale = _dynamic(rows, minimum, bits, clip, table)
     elif clip != 1:
         raise ValueError(f"quantize: clip={clip} is for scales per row; a static scale says itself what it spans")
+    elif table is not None:
+        raise ValueError("quantize: a table is for scales per row; give no scale with it")
     elif minimum is not None:
         raise ValueError(f"quantize: minimum={minimum} is for scales per row; a static scale takes a zero_point")
     else:

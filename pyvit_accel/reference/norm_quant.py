@@ -29,4 +29,4 @@ def norm_quant(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: floa
 def norm_quant_dynamic(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, bits: int, clip: float
 ) -> tuple[Tensor, Tensor]:
-    return quantize_dynamic(_norm(x, weight, bias, eps), None, bits, clip)
+    return quantize_dynamic(_norm(x, weight, bias, eps), None, bits, clip, None)

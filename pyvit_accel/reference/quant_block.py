@@ -8,6 +8,7 @@
 x            (B, N, C)   float32
 *_x_scale    (1,) | (K,) | None   of the codes a matmul reads: static, contained in the weights when (K,); None: per row
 *_x_bits, *_x_clip                of these codes, as in quantize.py; clip only of scales per row
+fc2_x_table  (256,) int8 | None   as in quantize.py, of codes with a scale per row
 head_scale   (3, H, 1) | None     of q, k, v; None: one per token and head
 head_bits                         of the codes of q, k, v
 tokens       only the first `tokens` of every image are wanted: queries, projection and MLP leave the others out
@@ -72,6 +73,7 @@ def quant_block(
     fc2_x_clip: float,
     fc2_x_zero_point: int,
     fc2_x_minimum: float | None,
+    fc2_x_table: Tensor | None,
     fc2_w: Tensor,
     fc2_w_scale: Tensor,
     fc2_bias: Tensor | None,
@@ -95,7 +97,7 @@ def quant_block(
     out_scale = None if head_scale is None else head_scale.expand(3, H, D).reshape(-1)
     qkv = ops.lowbit_linear(codes, scale, qkv_w, qkv_w_scale, qkv_bias, 0, "none", None, None, out_scale, 0, head_bits)
     if head_scale is None:
-        qkv, head_scale = ops.quantize_dynamic(qkv.reshape(-1, D), None, head_bits, 1.0)
+        qkv, head_scale = ops.quantize_dynamic(qkv.reshape(-1, D), None, head_bits, 1.0, None)
         scales = head_scale.view(B, N, 3, H).permute(2, 0, 3, 1)
     else:
         scales = head_scale[:, None].expand(3, B, H, N)
@@ -104,7 +106,7 @@ def quant_block(
     attended = ops.quant_attention(
         q[:, :, :tokens], k, v, q_scale[:, :, :tokens], k_scale, v_scale, softmax_scale, None, None, None
     )
-    codes, scale = ops.quantize_dynamic(attended.reshape(-1, inner), None, proj_x_bits, proj_x_clip)
+    codes, scale = ops.quantize_dynamic(attended.reshape(-1, inner), None, proj_x_bits, proj_x_clip, None)
     residual = x[:, :tokens].reshape(-1, C)
     y = ops.lowbit_linear(codes, scale, proj_w, proj_w_scale, proj_bias, 0, "none", layer_scale1, residual, None, 0, 8)
 
@@ -124,7 +126,7 @@ def quant_block(
         fc2_x_bits,
     )
     if fc2_x_scale is None:
-        hidden, scale = ops.quantize_dynamic(hidden, fc2_x_minimum, fc2_x_bits, fc2_x_clip)
+        hidden, scale = ops.quantize_dynamic(hidden, fc2_x_minimum, fc2_x_bits, fc2_x_clip, fc2_x_table)
     else:
         scale = _of_codes(fc2_x_scale)
     out = ops.lowbit_linear(
