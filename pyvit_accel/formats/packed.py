@@ -87,12 +87,12 @@ def unpack(w_packed: Tensor, N: int, K: int) -> Tensor:
     if bits == 8:
         groups = registers.contiguous().view(torch.int8)
     else:
-        u, at = torch.zeros(tiles, chunks, 8, 64, dtype=torch.int32, device=w_packed.device), 0
+        u, at = torch.zeros(tiles, chunks, 8, 64, dtype=torch.uint8, device=w_packed.device), 0
         for p in PLANES[bits]:
-            shifts = p * torch.arange(8 // p, device=w_packed.device)[:, None, None]
-            fields = (registers[:, :, None, at : at + p].int() >> shifts) & (2**p - 1)
+            shifts = p * torch.arange(8 // p, dtype=torch.uint8, device=w_packed.device)[:, None, None]
+            fields = (registers[:, :, None, at : at + p] >> shifts) & (2**p - 1)
             u = (u << p) | fields.reshape(tiles, chunks, 8, 64)
             at += p
-        groups = (u - 2 ** (bits - 1)).to(torch.int8)
+        groups = (u - 2 ** (bits - 1)).view(torch.int8)  # wraps
     codes = groups.view(tiles, chunks, 8, TILE, 4).permute(0, 3, 1, 2, 4).reshape(tiles * TILE, chunks * CHUNK)
     return codes[:N, :K].contiguous()
