@@ -79,6 +79,8 @@ def _add_accelerate(sub) -> None:
             command.error("--weights is needed, a file of float weights")
         if args.weights and args.weights.resolve() == args.output.resolve():
             command.error("--output is the file of --weights; the float weights would be lost")
+        if args.recipe and (args.max_mib or args.max_ms):
+            command.error("--max-mib and --max-ms choose the bits of every layer; leave --recipe out")
         if args.labels and not args.images:
             command.error("--labels came without --images")
 
@@ -89,7 +91,11 @@ def _add_accelerate(sub) -> None:
     add("--weights", type=Path, help="float weights: .safetensors, or a torch state dict (.pth, .pt, .bin)")
     add("--override", type=_override, action="append", default=[], metavar="FIELD=VALUE",
         help="a field of the architecture, for example num_classes=10; repeat for more")
-    add("--recipe", type=_recipe, default="W8A8", metavar="NAME", help=f"{', '.join(RECIPES)} (default: %(default)s)")
+    add("--recipe", type=_recipe, metavar="NAME", help=f"{', '.join(RECIPES)} (default: {commands.RECIPE})")
+    budget = command.add_mutually_exclusive_group().add_argument
+    budget("--max-mib", type=_positive_float, metavar="MIB",
+           help="instead of a recipe: the bits of each layer that lose least, the blocks' packed weights within it")
+    budget("--max-ms", type=_positive_float, metavar="MS", help="the same, for the time of their matmuls of one image")
     add("--images", type=Path, metavar="FOLDER", help="images to measure on, loose or in class folders")
     add("--labels", type=Path, metavar="FILE", help="their class indices, JSON or CSV: file and class")
     add("--calibration", type=Path, metavar="FOLDER",
@@ -106,7 +112,7 @@ def _add_bench(sub) -> None:
     add = command.add_argument
     add("--models", type=_list(_model), default=[SMALLEST], metavar="A,B", help=f"default: {SMALLEST}")
     add("--batches", type=_list(_positive), default=[1, 8], metavar="1,8", help="batch sizes (default: 1,8)")
-    recipes = f"default: {','.join(RECIPES)}; with --breakdown {commands.BREAKDOWN_RECIPE}"
+    recipes = f"default: {','.join(RECIPES)}; with --breakdown {commands.RECIPE}"
     add("--recipes", type=_list(_recipe), metavar="A,B", help=recipes)
     add("--breakdown", action="store_true", help="instead, where the time goes, phase by phase, and a roofline")
     add("--no-memory", dest="memory", action="store_false", help="do not start processes to measure memory")
@@ -123,6 +129,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
 
 
 def _model(text: str) -> str:

@@ -26,6 +26,7 @@ from pyvit_accel.measure import (
     peak_memory,
     random_images,
 )
+from pyvit_accel.mixed_precision import search
 from pyvit_accel.models import (
     ARCHITECTURES,
     VisionTransformer,
@@ -46,7 +47,7 @@ LATENCY_HEADER = ("batch", "variant", "ms/image", "fastest", "speed-up")
 FIDELITY_HEADER = ("variant", "images", "top-1", "same prediction", "logit error")
 NAMED_SKIPS = 10
 BUSY = 1.5
-BREAKDOWN_RECIPE = "W8A8"
+RECIPE = "W8A8"  # of accelerate and of the breakdown, when none is named
 TOLD_COST = 0.02
 
 
@@ -65,18 +66,22 @@ def prepare_outputs(args: argparse.Namespace) -> None:
 def run_accelerate(args: argparse.Namespace) -> None:
     prepare_outputs(args)
     model = float_model(args.arch, args.weights, dict(args.override))
-    config, recipe = model.config, RECIPES[args.recipe]
+    config, recipe = model.config, None if args.max_mib or args.max_ms else RECIPES[args.recipe or RECIPE]
     images = calibration = None
     if args.images:
         images = ImageFolder.open(args.images, args.labels, config.num_classes)
         _say_skipped(images)
-    if recipe.needs_calibration:
+    if recipe is None or recipe.needs_calibration:
         calibration, images = _split_calibration(args, images)
     batches = None
     if calibration is not None:
         read = calibration.batches(config.image_size, config.in_channels, args.batch)
         batches = [pixels for pixels, _ in progress(read, "calibration images", num_batches(calibration, args.batch))]
         _say_skipped(calibration)
+    if recipe is None:
+        found = search(model, batches, max_mib=args.max_mib, max_ms=args.max_ms)
+        recipe = found.recipe
+        print(found, end="\n\n")
     fast, report = accelerate(model, recipe, batches)
     print(report, end="\n\n")
     models = {FP32: model, recipe.name: fast}
@@ -143,7 +148,8 @@ def _split_calibration(args: argparse.Namespace, images: ImageFolder | None) -> 
         return folder.sample(args.calibration_images)[0], images
     if images is None:
         raise ValueError(
-            f"recipe {args.recipe} takes its scales from images; pass --images or --calibration, or use W8A8_DYNAMIC"
+            f"{args.recipe or 'this recipe'} takes its scales from images; pass --images or --calibration, or use "
+            "W8A8_DYNAMIC"
         )
     calibration, rest = images.sample(args.calibration_images)
     if not len(rest):
@@ -200,7 +206,7 @@ def run_breakdown(args: argparse.Namespace) -> None:
     roofs, maps = measure_roofs(), []
     print(f"{machine_line()}\n{roofs}")
     for name in args.models:
-        models = recipe_variants(name, args.recipes or [BREAKDOWN_RECIPE])
+        models = recipe_variants(name, args.recipes or [RECIPE])
         del models[FP32]
         for model in models.values():
             work_of(model)  # raises before anything is timed

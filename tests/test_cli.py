@@ -106,6 +106,16 @@ def test_accelerate_infers_the_architecture(tmp_path, capsys):
     assert load(tmp_path / "o.safetensors").config.mean == (0.1, 0.2, 0.3)
 
 
+def test_accelerate_within_a_budget(digits, tmp_path, capsys):
+    args = ("accelerate", "--arch", "digits", "--images", digits / "images", "--batch", 1, "--rounds", 1)
+    assert run(*args, "--max-mib", 0.25, "--output", tmp_path / "o.safetensors", "--json", tmp_path / "o.json") == 0
+    assert " of 0.25 MiB" in capsys.readouterr().out
+    layers = json.loads((tmp_path / "o.json").read_text())["layers"]
+    assert sum(layer["bytes"] for layer in layers if layer["name"].startswith("blocks")) <= 0.25 * 2**20
+    message = failing(capsys, *args, "--max-mib", 0.001, "--output", tmp_path / "p.safetensors")
+    assert "max_mib=0.001 is below 0.1" in message
+
+
 def test_calibrates_on_all_images_when_there_are_few(digits, tmp_path, capsys):
     args = ("accelerate", "--arch", "digits", "--images", digits / "images", "--calibration-images", 99, "--batch", 1)
     assert run(*args, "--rounds", 1, "--output", tmp_path / "o.safetensors") == 0
@@ -123,6 +133,9 @@ def test_calibrates_on_all_images_when_there_are_few(digits, tmp_path, capsys):
     (("accelerate", "--arch", "vit_tiny_patch16_224", "--output", "o"), "--weights is needed"),
     (("accelerate", "--arch", "digits", "--weights", "w", "--output", "o"), "digits has weights of its own"),
     (("accelerate", "--weights", "w", "--output", "w"), "the float weights would be lost"),
+    (("accelerate", "--weights", "w", "--output", "o", "--recipe", "W8A8", "--max-mib", "3"), "leave --recipe out"),
+    (("accelerate", "--weights", "w", "--output", "o", "--max-ms", "3", "--max-mib", "3"), "not allowed with"),
+    (("accelerate", "--weights", "w", "--output", "o", "--max-mib", "-1"), "'-1' is not a positive number"),
     (("accelerate", "--weights", "w", "--output", "o", "--labels", "l"), "--labels came without --images"),
     (("accelerate", "--weights", "w", "--output", "o", "--override", "depht=3"), "'depht=3' is not FIELD=VALUE"),
 ])  # fmt: skip

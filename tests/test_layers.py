@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 BELOW_MODULES = {"formats", "reference", "backends", "ops"}
 BELOW_RECIPES = BELOW_MODULES | {"modules", "adapters", "calibrate", "models", "files", "errors"}
 COMMANDS = {"commands", "demo", "images", "measure", "output"}
-ANYTHING = BELOW_RECIPES | COMMANDS | {"recipes", "convert", "serialize", "kernels", "tokens", "sparsity", "_C"}
+RECIPES = {"recipes", "planning", "mixed_precision"}
+ANYTHING = BELOW_RECIPES | COMMANDS | RECIPES | {"convert", "serialize", "kernels", "tokens", "sparsity", "_C"}
 LAYERS = {
     "errors": (set(), set()),
     "files": (set(), {"torch", "safetensors"}),
@@ -32,7 +33,9 @@ LAYERS = {
     "convert": ({"errors"}, {"torch"}),
     "tokens": (BELOW_MODULES | {"modules", "errors"}, {"torch"}),
     "sparsity": ({"formats", "errors"}, {"torch"}),
-    "recipes": (BELOW_RECIPES | {"convert", "tokens", "sparsity"}, {"torch"}),
+    "planning": ({"adapters", "calibrate", "errors", "modules"}, {"torch", "tqdm"}),
+    "recipes": (BELOW_RECIPES | {"convert", "planning", "tokens", "sparsity"}, {"torch"}),
+    "mixed_precision": (BELOW_RECIPES | {"convert", "planning", "recipes"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),
 }
 
@@ -118,7 +121,8 @@ def test_every_op_has_its_row():
     rows = stems("pyvit_accel/ops", "*.py")
     assert rows == set(ops.__all__)
     assert stems("pyvit_accel/reference", "*.py") - {"scalar"} == rows
-    assert stems("csrc/cpu", "*.cpp") - {"isa", "isa_avx2", "isa_avx512", "isa_portable", "probe"} == rows
+    helpers = {"isa", "isa_avx2", "isa_avx512", "isa_portable", "probe"}
+    assert stems("csrc/cpu", "*.cpp") - helpers == rows - {"codebook_linear"}  # on a CPU its reference serves
     assert stems("kernels", "*.py") <= rows
     assert {f"test_{row}" for row in rows} <= stems("tests", "test_*.py")
 

@@ -208,7 +208,7 @@ def observe(
     try:
         with torch.no_grad():
             for batch_index, batch in enumerate([batches] if isinstance(batches, (Tensor, Mapping)) else batches):
-                args, kwargs = _call_arguments(batch, batch_index, device)
+                args, kwargs = call_arguments(batch, batch_index, device)
                 model(*args, **kwargs)
                 keeper.end_batch()
                 num_batches += 1
@@ -225,7 +225,7 @@ def observe(
     )
 
 
-def _call_arguments(batch, batch_index: int, device: torch.device) -> tuple[tuple, dict]:
+def call_arguments(batch, batch_index: int, device: torch.device) -> tuple[tuple, dict]:
     """The batch as (args, kwargs) of model.forward, on its device, with every floating tensor finite."""
     if isinstance(batch, Mapping):
         args, kwargs = (), dict(batch)

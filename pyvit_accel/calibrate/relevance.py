@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pyvit_accel.calibrate.observers import _call_arguments
+from pyvit_accel.calibrate.observers import call_arguments
 from pyvit_accel.errors import Unsupported
 
 
@@ -48,7 +48,7 @@ def relevance(
     handles = [module.register_forward_hook(hook) for module in watched]
     try:
         for index, batch in enumerate([batches] if isinstance(batches, (Tensor, Mapping)) else batches):
-            args, kwargs = _call_arguments(batch, index, device)
+            args, kwargs = call_arguments(batch, index, device)
             seen.clear()
             with torch.enable_grad():
                 logits = _logits(model(*args, **kwargs))
