@@ -28,6 +28,19 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def aligned_rows(x: Tensor) -> Tensor:
+    """x (M, K), or a copy padded with zeros: as many columns as the next multiple of 16, and such a stride and address.
+
+    Then x loads 16 bytes at a time, under a mask too. Else Triton loads single elements, and the loop is not pipelined.
+    """
+    M, K = x.shape
+    if K % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros(M, triton.cdiv(K, 16) * 16)
+    padded[:, :K] = x
+    return padded
+
+
 def vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 

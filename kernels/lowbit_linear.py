@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import GROUP_M, MATMUL_FLAGS, bits_of, block_of, epilogue, rows, vector
+from ._common import GROUP_M, MATMUL_FLAGS, aligned_rows, bits_of, block_of, epilogue, vector
 from ._packed import first_plane, high_to_e4m3, load_plane, low_to_e4m3, plane_ptrs, unpack
 
 _FP8_CAPABILITY = 10  # sm_100 has tcgen05 for fp8, and Triton only mma.sync for int8
@@ -99,13 +99,15 @@ def _lowbit_linear_kernel(
 def _blocks(M: int, N: int, fp8: bool) -> dict[str, int]:
     """Tile and pipeline: small tiles until there are enough large ones to give every SM of a large GPU one.
 
-    BLOCK_N is a multiple of 64, the rows of a wgmma. Two float32 sums, as fp8 has, would spill in a tile of 128 x 128.
+    BLOCK_N is a multiple of 64, the rows of a wgmma. Large tiles would spill with the addresses and masks of features
+    that load and store one by one; so would fp8, which has two float32 sums, with more inputs or rows.
     """
+    BLOCK_K = 64 if fp8 and M > 32 else 128
     if M <= 32:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-    if triton.cdiv(M, 128) * triton.cdiv(N, 128) < 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 64 if fp8 else 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 4}
+    if N % 16 or triton.cdiv(M, 128) * triton.cdiv(N, 128) < 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 64 if fp8 else 128, "BLOCK_N": 128, "BLOCK_K": BLOCK_K, "num_warps": 8, "num_stages": 3}
 
 
 def _use_fp8(x: Tensor, bits: int) -> bool:
@@ -127,7 +129,8 @@ def lowbit_linear(
     out_zero_point: int,
     out_bits: int,
 ) -> Tensor:
-    x, w_packed, residual = rows(x), w_packed.contiguous(), None if residual is None else rows(residual)
+    x, w_packed = aligned_rows(x), w_packed.contiguous()
+    residual = None if residual is None else aligned_rows(residual)
     (M, K), N = x.shape, w_scale.shape[0]
     y = torch.empty((M, N), dtype=torch.float32 if out_scale is None else torch.int8, device=x.device)
     if y.numel() == 0:
