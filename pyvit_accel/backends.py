@@ -21,6 +21,7 @@ OPS = (
     "norm_quant_dynamic",
     "lowbit_linear",
     "weight_only_linear",
+    "codebook_linear",
     "quant_attention",
     "quant_patch_embed",
     "quant_block",

@@ -132,6 +132,9 @@ def one_call_of_each() -> dict[str, Call]:
         "residual": torch.randn(M, N),
     }
     linear = (x_codes, torch.rand(M) * 0.1, w_packed, w_scale, torch.randn(N))
+    epilogue_of_floats = {name: value for name, value in epilogue.items() if name != "x_zero_point"}
+    levels = torch.arange(256).float() - 128
+    codebook = (x_codes.view(torch.uint8), torch.rand(M) * 0.1, levels, w_packed, w_scale, levels, torch.randn(N))
     q, k, v = codes("random", 3, B, M, H, D).transpose(2, 3)
     attention = (q, k, v, torch.rand(1) * 0.01, torch.rand(H, 1) * 0.1, torch.rand(B, H, M), D**-0.5)
     biases = {"bias": torch.randn(H, M, M), "mask": torch.rand(M, M) > 0.2, "key_bias": torch.randn(B, M)}
@@ -146,6 +149,8 @@ def one_call_of_each() -> dict[str, Call]:
         "norm_quant_dynamic": Call(ops.norm_quant, (x, vector, vector)),
         "lowbit_linear": Call(ops.lowbit_linear, linear, epilogue),
         "lowbit_linear to codes": Call(ops.lowbit_linear, linear, epilogue | {"out_scale": torch.rand(N) + 0.1}),
+        "codebook_linear": Call(ops.codebook_linear, codebook, epilogue_of_floats),
+        "codebook_linear to codes": Call(ops.codebook_linear, codebook, epilogue_of_floats | {"out_scale": vector[:1]}),
         "weight_only_linear": Call(ops.weight_only_linear, (x, w_packed, w_scale, torch.randn(N))),
         "quant_attention": Call(ops.quant_attention, attention, biases),
         "quant_attention to codes": Call(ops.quant_attention, attention, biases | {"out_scale": torch.rand(1) + 0.1}),

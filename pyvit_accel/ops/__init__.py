@@ -1,6 +1,7 @@
 """The operations: schema, fake kernel, registration and the public function that checks arguments."""
 
 from . import _library
+from .codebook_linear import codebook_linear
 from .lowbit_linear import lowbit_linear
 from .norm_quant import norm_quant
 from .quant_attention import quant_attention
@@ -12,6 +13,7 @@ from .weight_only_linear import weight_only_linear
 _library.finish()
 
 __all__ = [
+    "codebook_linear",
     "lowbit_linear",
     "norm_quant",
     "quant_attention",

@@ -71,11 +71,11 @@ def finish() -> None:
         for name in kernels.__all__:
             LIBRARY.impl(name, getattr(kernels, name), "CUDA")
     if backends.HAS_CPU_KERNELS:
-        from pyvit_accel import _C  # noqa: F401 - importing it registers the CPU kernels
-
-        return
+        from pyvit_accel import _C  # noqa: F401 - importing it registers the CPU kernels, and refuses their backwards
 
     for name in backends.OPS:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit_accel::{name}", "Autograd"):
+            continue
 
         def backward(ctx, *grads, name=name) -> NoReturn:
             raise RuntimeError(f"derivative for pyvit_accel::{name} is not implemented: integer codes have no gradient")

@@ -57,6 +57,31 @@ def check_weight(op: str, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None
     return N
 
 
+def check_epilogue(
+    op: str,
+    x: Tensor,
+    N: int,
+    x_scale: Tensor,
+    activation: str,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out_bits: int,
+) -> None:
+    """Raise unless what follows the sums fits x (..., K) and N output features."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    check_vector(op, "x_scale", x_scale, 1, x.numel() // x.shape[-1])
+    check_vector(op, "layer_scale", layer_scale, N)
+    check_vector(op, "out_scale", out_scale, 1, N)
+    check_bits(op, out_bits, "out_bits")
+    if residual is not None:
+        if residual.dtype != torch.float32:
+            raise TypeError(f"{op}: residual must be float32, got {residual.dtype}")
+        if residual.shape != (*x.shape[:-1], N):
+            raise ValueError(f"{op}: residual is {tuple(residual.shape)}, the output {(*x.shape[:-1], N)}")
+
+
 def lowbit_linear(
     x: Tensor,
     x_scale: Tensor,
@@ -93,21 +118,9 @@ def lowbit_linear(
     N = check_weight("lowbit_linear", w_packed, w_scale, bias, K)
     if x.dtype != torch.int8:
         raise TypeError(f"lowbit_linear: x must be int8 codes, got {x.dtype}; quantize it with ops.quantize")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"lowbit_linear: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    rows = x.reshape(-1, K)
-    check_vector("lowbit_linear", "x_scale", x_scale, 1, rows.shape[0])
-    check_vector("lowbit_linear", "layer_scale", layer_scale, N)
-    check_vector("lowbit_linear", "out_scale", out_scale, 1, N)
-    check_bits("lowbit_linear", out_bits, "out_bits")
-    if residual is not None:
-        if residual.dtype != torch.float32:
-            raise TypeError(f"lowbit_linear: residual must be float32, got {residual.dtype}")
-        if residual.shape != (*x.shape[:-1], N):
-            raise ValueError(f"lowbit_linear: residual is {tuple(residual.shape)}, the output {(*x.shape[:-1], N)}")
-        residual = residual.reshape(-1, N)
+    check_epilogue("lowbit_linear", x, N, x_scale, activation, layer_scale, residual, out_scale, out_bits)
     y = _op(
-        rows,
+        x.reshape(-1, K),
         x_scale,
         w_packed,
         w_scale,
@@ -115,7 +128,7 @@ def lowbit_linear(
         x_zero_point,
         activation,
         layer_scale,
-        residual,
+        None if residual is None else residual.reshape(-1, N),
         out_scale,
         out_zero_point,
         out_bits,

@@ -30,6 +30,27 @@ def accumulate(x: Tensor, w_packed: Tensor, N: int, x_zero_point: int) -> Tensor
     return (x.double() - x_zero_point) @ w.double().T
 
 
+def finish(
+    y: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: int,
+    out_bits: int,
+) -> Tensor:
+    """What follows the scaled sums y (M, N)."""
+    if bias is not None:
+        y = y + bias
+    y = ACTIVATIONS[activation](y)
+    if layer_scale is not None:
+        y = y * layer_scale
+    if residual is not None:
+        y = y + residual
+    return y if out_scale is None else affine.quantize(y, out_scale, out_zero_point, out_bits)
+
+
 def lowbit_linear(
     x: Tensor,
     x_scale: Tensor,
@@ -45,11 +66,4 @@ def lowbit_linear(
     out_bits: int,
 ) -> Tensor:
     y = accumulate(x, w_packed, w_scale.shape[0], x_zero_point).float() * (x_scale[:, None] * w_scale)
-    if bias is not None:
-        y = y + bias
-    y = ACTIVATIONS[activation](y)
-    if layer_scale is not None:
-        y = y * layer_scale
-    if residual is not None:
-        y = y + residual
-    return y if out_scale is None else affine.quantize(y, out_scale, out_zero_point, out_bits)
+    return finish(y, bias, activation, layer_scale, residual, out_scale, out_zero_point, out_bits)
