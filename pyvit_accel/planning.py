@@ -9,7 +9,7 @@ ones lost. Blocks that calibration could not keep the inputs of (a mask came wit
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -80,6 +80,8 @@ def _plan_chain(
     chain: list[Kept], scheme: Scheme, search: bool, reconstruction: Reconstruction | None
 ) -> dict[nn.Module, BlockPlan]:
     """A chain ends at a block that cannot be planned: its float form would not be what follows it."""
+    if search:
+        scheme = replace(scheme, bias_correction=False)  # refine corrects them, for the codes that it finds
     plans: dict[nn.Module, BlockPlan] = {}
     x = inputs = chain[0].inputs
     for kept in progress(chain, "calibrating") if search else chain:

@@ -38,6 +38,7 @@ from pyvit_accel.calibrate.fold import (
 from pyvit_accel.calibrate.observers import Activation, Kept, Observed, observe
 from pyvit_accel.calibrate.optm import optm_gelu
 from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan, block_output, output_error
+from pyvit_accel.calibrate.refine import refine
 from pyvit_accel.calibrate.relevance import relevance
 from pyvit_accel.calibrate.repq import channel_scales, clipped_scales, log_sqrt2_scale, refold, repq_fold, repq_plan
 from pyvit_accel.calibrate.scales import affine_scale, percentile_search, symmetric_scale
@@ -75,6 +76,7 @@ __all__ = [
     "output_error",
     "percentile_search",
     "range_fold",
+    "refine",
     "refold",
     "relevance",
     "repq_fold",

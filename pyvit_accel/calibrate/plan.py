@@ -134,29 +134,33 @@ def output_error(plan: LinearPlan) -> float | None:
 def block_output(
     plan: BlockPlan, x: Tensor, rint: Rint = torch.round, weights: dict[str, Tensor] | None = None
 ) -> Tensor:
-    """The block on x (B, N, C). weights: others in place of weight_hat(), by "qkv", "proj", "fc1", "fc2".
-
-    Probabilities are floats here; in the kernels they are bytes whose errors add up to nothing along the keys.
-    """
+    """The block on x (B, N, C). weights: others in place of weight_hat(), by "qkv", "proj", "fc1", "fc2"."""
     weights = weights or {}
-    B, N, C = x.shape
-    H = plan.num_heads
+    C = x.shape[-1]
 
     def linear(name: str, x: Tensor) -> Tensor:
         return linear_output(getattr(plan, name), x, rint, weights.get(name))
 
-    qkv = linear("qkv", F.layer_norm(x, (C,), *plan.norm1)).view(B, N, 3, H, -1)
+    qkv = linear("qkv", F.layer_norm(x, (C,), *plan.norm1))
+    y = linear("proj", attended(plan, qkv, rint))
+    x = x + (y if plan.layer_scale1 is None else y * plan.layer_scale1)
+    hidden = ACTIVATIONS[plan.activation](linear("fc1", F.layer_norm(x, (C,), *plan.norm2)))
+    y = linear("fc2", hidden)
+    return x + (y if plan.layer_scale2 is None else y * plan.layer_scale2)
+
+
+def attended(plan: BlockPlan, qkv: Tensor, rint: Rint = torch.round) -> Tensor:
+    """What attention makes of the output of qkv (B, N, 3 H D): (B, N, H D).
+
+    Probabilities are floats here; in the kernels they are bytes whose errors add up to nothing along the keys.
+    """
+    qkv = qkv.unflatten(-1, (3, plan.num_heads, -1))
     if plan.head_scale is None:
         qkv = fake_per_token(qkv, plan.head_bits, rint=rint)
     else:
         qkv = _fake(qkv, plan.head_scale, 0, plan.head_bits, rint)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v, scale=plan.softmax_scale).transpose(1, 2).flatten(2)
-    y = linear("proj", attended)
-    x = x + (y if plan.layer_scale1 is None else y * plan.layer_scale1)
-    hidden = ACTIVATIONS[plan.activation](linear("fc1", F.layer_norm(x, (C,), *plan.norm2)))
-    y = linear("fc2", hidden)
-    return x + (y if plan.layer_scale2 is None else y * plan.layer_scale2)
+    return F.scaled_dot_product_attention(q, k, v, scale=plan.softmax_scale).transpose(1, 2).flatten(2)
 
 
 def _fake(x: Tensor, scale: Tensor, zero_point: int, bits: int, rint: Rint) -> Tensor:

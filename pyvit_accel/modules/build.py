@@ -28,6 +28,8 @@ from .quant_linear import QuantLinear, check_finite, check_weight
 from .quant_mlp import QuantMlp
 
 GELU_MINIMUM = -0.1701  # just below the smallest value of any GELU: -0.16997 exact, -0.17004 tanh, -0.1636 quick
+# Of range_fold below 8 bits: with 4-bit inputs of fc1 the logit error is 7 % (DeiT-Ti), 4 % (ViT-Ti) below that of 0.5.
+LOW_BIT_FOLD = 0.75
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def _norm_and_linear(
     if scheme.observed is None:
         return (norm.weight.detach().float(), norm.bias.detach().float(), norm.eps), _dynamic(linears, scheme)
     y = scheme.observed.input(linears[0])
-    fold = calibrate.range_fold(y)
+    strength = LOW_BIT_FOLD if scheme.bits(linears[0])["x_bits"] < 8 else 0.5
+    fold = calibrate.range_fold(y, strength)
     folded = fold.activation(y)
     weight, bias = calibrate.fold_linear(*_fused(linears), fold)
     plan = _plan(linears, scheme, weight=weight, bias=bias, seen=folded)
