@@ -54,31 +54,31 @@ def sums_and_error(x, w):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_within_bound_of_float64(pair, shape):
+def test_within_bound_of_float64(impl, pair, shape):
     args, x, w = problem(*shape, PAIRS[pair])
     sums, error = sums_and_error(x, w)
     scale = args[1].double()[:, None] * args[4].double()
-    y = ops.codebook_linear(*args, operand=PAIRS[pair][2])
+    y = impl(ops.codebook_linear, *args, operand=PAIRS[pair][2])
     assert y.dtype == torch.float32 and y.shape == sums.shape
     assert ((y.double() - sums * scale).abs() <= (error + 3.01 * U32 * sums.abs()) * scale).all()
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_decodes_weights_exactly(pair):
+def test_decodes_weights_exactly(impl, pair):
     """x with a single one in each row gives every level of w, bit for bit; and the other way round."""
     (x, _, x_lut, w_packed, _, w_lut), _, w = problem(40, 40, 33, PAIRS[pair])
     one, operand = torch.ones(1), PAIRS[pair][2]
-    y = ops.codebook_linear(torch.eye(40).byte(), one, torch.tensor([0.0, 1.0]), w_packed, torch.ones(33), w_lut,
+    y = impl(ops.codebook_linear, torch.eye(40).byte(), one, torch.tensor([0.0, 1.0]), w_packed, torch.ones(33), w_lut,
              operand=operand)  # fmt: skip
     assert_same_bits(y, w.T.float())
     identity, of_identity = packed.pack(torch.eye(40, dtype=torch.int8), 2), torch.tensor([0.0, 0.0, 0.0, 1.0])
-    y = ops.codebook_linear(x, one, x_lut, identity, torch.ones(40), of_identity, operand=operand)
+    y = impl(ops.codebook_linear, x, one, x_lut, identity, torch.ones(40), of_identity, operand=operand)
     assert_same_bits(y, x_lut[x.int()])
 
 
 @pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_integer_levels_are_lowbit_linear(bits, kind):
+def test_integer_levels_are_lowbit_linear(impl, bits, kind):
     """The op it shares its epilogue with, bit for bit where float32 sums are exact, in every form of the epilogue."""
     _, w_packed, w_scale = weights(37, 50, kind, bits)
     x, levels = codes("random", 13, 50), torch.arange(2.0**bits) - 2 ** (bits - 1)
@@ -87,16 +87,16 @@ def test_integer_levels_are_lowbit_linear(bits, kind):
         for bias, x_scale in ((torch.randn(37), torch.rand(13)), (None, torch.rand(1))):
             truth = ops.lowbit_linear(x, x_scale, w_packed, w_scale, bias, **epilogue)
             args = (x.view(torch.uint8) ^ 128), x_scale, INTEGERS, w_packed, w_scale, levels, bias
-            assert_same_bits(ops.codebook_linear(*args, **epilogue), truth)
+            assert_same_bits(impl(ops.codebook_linear, *args, **epilogue), truth)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "quick_gelu"])
-def test_epilogue_within_bound_of_float64(activation):
+def test_epilogue_within_bound_of_float64(impl, activation):
     integer = twin.uniform(8, 1.0, 128)
     (x, x_scale, x_lut, w_packed, w_scale, w_lut), *_ = problem(29, 50, 65, (integer, integer, "fp16"))
     bias = torch.randn(65)
     kwargs = {"layer_scale": torch.randn(65), "residual": torch.randn(29, 65), "activation": activation}
-    y = ops.codebook_linear(x, x_scale, x_lut, w_packed, w_scale, w_lut, bias, **kwargs)
+    y = impl(ops.codebook_linear, x, x_scale, x_lut, w_packed, w_scale, w_lut, bias, **kwargs)
     integers = (x ^ 128).view(torch.int8), x_scale, w_packed, w_scale, bias  # sums stay below 2^24: exact
     truth, error = epilogue_and_error(integers, kwargs | {"x_zero_point": 0}, activation)
     assert activation in ERROR and ((y.double() - truth).abs() <= error).all()
@@ -115,25 +115,25 @@ def test_weights_are_decoded_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [padded, transposed, lambda x: x[:1].expand(9, -1), lambda x: x[::2, ::3]])
-def test_strided_rows(layout):
+def test_strided_rows(impl, layout):
     x_lut, w_lut, *_ = tables(PAIRS["e4m3 x e4m3"])
     x = layout(torch.randint(0, 127, (11, 50), dtype=torch.uint8))
     _, w_packed, w_scale = weights(33, x.shape[1])
     args = torch.ones(1), x_lut, w_packed, w_scale, w_lut.nan_to_num()
-    expected = ops.codebook_linear(x.contiguous(), *args, operand="fp16")
-    assert_same_bits(ops.codebook_linear(x, *args, operand="fp16"), expected)
+    expected = impl(ops.codebook_linear, x.contiguous(), *args, operand="fp16")
+    assert_same_bits(impl(ops.codebook_linear, x, *args, operand="fp16"), expected)
 
 
-def test_leading_dimensions_and_empty():
+def test_leading_dimensions_and_empty(impl):
     (x, x_scale, *args), *_ = problem(24, 37, 19, PAIRS["log2 x int4"])
     residual = torch.randn(24, 19)
-    flat = ops.codebook_linear(x, x_scale, *args, operand="e4m3", residual=residual)
+    flat = impl(ops.codebook_linear, x, x_scale, *args, operand="e4m3", residual=residual)
     shaped = {"operand": "e4m3", "residual": residual.view(2, 3, 4, 19)}
-    y = ops.codebook_linear(x.view(2, 3, 4, 37), x_scale, *args, **shaped)
+    y = impl(ops.codebook_linear, x.view(2, 3, 4, 37), x_scale, *args, **shaped)
     assert_same_bits(y, flat.view(2, 3, 4, 19))
-    assert ops.codebook_linear(x[0], x_scale[:1], *args, operand="e4m3").shape == (19,)
+    assert impl(ops.codebook_linear, x[0], x_scale[:1], *args, operand="e4m3").shape == (19,)
     for shape in ((0, 37), (2, 0, 37)):
-        y = ops.codebook_linear(torch.empty(shape, dtype=torch.uint8), x_scale[:1], *args, operand="e4m3")
+        y = impl(ops.codebook_linear, torch.empty(shape, dtype=torch.uint8), x_scale[:1], *args, operand="e4m3")
         assert y.shape == (*shape[:-1], 19)
 
 

@@ -166,7 +166,7 @@ def test_errors():
             ops.quantize(x, table=wrong)
     with pytest.raises(ValueError, match=r"^quantize: a table replaces codes of 8 bits, got bits=4$"):
         ops.quantize(x, bits=4, table=table)
-    with pytest.raises(ValueError, match="^quantize: a table is for scales per row; give no scale with it"):
+    with pytest.raises(ValueError, match=r"^quantize: a table is for scales per row; give no scale with it"):
         ops.quantize(x, torch.ones(1), table=table)
     message = "quantize: minimum=-1.0 is for scales per row; a static scale takes a zero_point"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):

@@ -113,6 +113,20 @@ INLINE void widen_grouped(const Gemm& g, int64_t n, int64_t count, const uint8_t
   for (int64_t j = g.K; j < round_up(g.K, 4); ++j) store(dst + 64 * j, vf{});
 }
 
+// Levels in place of codes, as floats; none beyond the K inputs that exist, whose codes may stand for anything.
+INLINE void widen_levels(const Gemm& g, const uint8_t* src, uint8_t* dst) {
+  const int half = 1 << (g.w_bits - 1);
+  for (int64_t k = 0; k < round_up(g.K, 4); ++k)
+    for (int n = 0; n < kTile; ++n)
+      ((float*)dst)[k * kTile + n] = k < g.K ? g.w_lut[(int8_t)src[k / 4 * 64 + 4 * n + k % 4] + half] : 0.f;
+}
+// The sums over k < K of a tile's int8 operands, which the tile holds for its codes, not for their levels.
+INLINE vi sums_of(const uint8_t* codes, int64_t K) {
+  vi sum = {};
+  for (int64_t k = 0; k < K; ++k) sum = sum + ((load<vi>(codes + k / 4 * 64) << (int)(24 - 8 * (k % 4))) >> 24);
+  return sum;
+}
+
 // Rows of int8 codes as the dot product's left operand, zero padded to whole groups of four.
 INLINE void rewrite_row(const int8_t* src, uint8_t* dst, int64_t K, int64_t padded) {
   if constexpr (kVnni) {  // + 128 as unsigned; the padding meets zero weights
@@ -174,7 +188,9 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
   if (block > row_end - row_begin) block = row_end - row_begin;
   uint8_t* const rows = (uint8_t*)scratch(block * x_stride + 64, 0);
   // Of a panel: its codes as bytes, when they are packed tighter, then as the operands of the dot product.
-  const int64_t chunks = chunks_of(g.K), panel_stride = padded * kSize * kTile, bytes = g.w_bits < 8 ? kTiles * chunks * 512 : 0;
+  const int64_t chunks = chunks_of(g.K), panel_stride = padded * kSize * kTile;
+  const Steps levels(kOperand == Operand::floats ? nullptr : g.w_levels);
+  const int64_t bytes = g.w_bits < 8 || levels.table ? kTiles * chunks * 512 : 0;
   uint8_t* const unpacked = (uint8_t*)scratch(bytes + (kSize > 1 ? kTiles * panel_stride : 0) + 64, 1);
   uint8_t* const widened = unpacked + bytes;
   const Epilogue& e = g.epilogue;
@@ -202,23 +218,30 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
       p.tiles = tile_end - tile < kTiles ? 1 : kTiles;
       p.n = tile * kTile, p.count = g.N - p.n < p.tiles * kTile ? g.N - p.n : p.tiles * kTile;
       p.direct = e.activation == Activation::none && p.count == p.tiles * kTile;
+      if (kOperand == Operand::floats && e.out_scale) p.direct = false;  // the float tile kernel writes floats only
       p.codes = p.direct && e.out_scale;
       read_columns(p.columns, e, p.n, p.count);
       const uint8_t* const w = g.w_packed + tile * w_tile;
       for (int i = 0; i < p.tiles; ++i) {
         const uint8_t *tile_start = w + i * w_tile, *codes = tile_start + 64;
         if (bytes) {
-          unpack(g.w_bits, codes, unpacked + i * chunks * 512, chunks);
-          codes = unpacked + i * chunks * 512;
+          int8_t* const to = (int8_t*)unpacked + i * chunks * 512;
+          if (g.w_bits < 8) unpack(g.w_bits, codes, (uint8_t*)to, chunks);
+          else __builtin_memcpy(to, codes, chunks * 512);
+          levels.apply(to, chunks * 512);
+          codes = (uint8_t*)to;
         }
         if constexpr (kOperand == Operand::floats) {
           store(init + i * kTile, vf{});
           uint8_t* const to = widened + i * panel_stride;
-          if (g.group_scale) widen_grouped(g, p.n + i * kTile, p.count - i * kTile < kTile ? p.count - i * kTile : kTile, codes, to);
+          const int64_t left = p.count - i * kTile;
+          if (g.group_scale) widen_grouped(g, p.n + i * kTile, left < kTile ? left : kTile, codes, to);
+          else if (g.w_lut) widen_levels(g, codes, to);
           else widen_float(codes, to, padded / 4);
         } else {
           const int32_t offset = (int32_t)g.x_zero_point + (kOperand == Operand::bytes ? 128 : 0);
-          store(init + i * kTile, -offset * load<vi>(tile_start));
+          if (offset) store(init + i * kTile, -offset * (levels.table ? sums_of(codes, g.K) : load<vi>(tile_start)));
+          else store(init + i * kTile, vi{});
           if constexpr (kOperand == Operand::words) widen16(codes, widened + i * panel_stride, padded / 4);
         }
       }

@@ -51,6 +51,9 @@ struct Gemm {
   // no groups: the epilogue has the scale.
   const float *group_scale, *group_zero_point;
   int64_t w_groups;
+  // What takes the place of the weights' codes, or null: of -128 .. 127 for int8 x, of the lowest code on for float x.
+  const int8_t* w_levels;
+  const float* w_lut;
   int64_t M, N, K;
   const uint8_t* then;  // what is read after this product, to be fetched at its end; may be null
   Epilogue epilogue;

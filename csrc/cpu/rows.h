@@ -42,36 +42,6 @@ INLINE Codes codes_of(const Rows& p) {
   return codes_of(p.bits, p.scale ? p.zero_point : p.has_minimum ? -((int64_t)1 << (p.bits - 1)) : 0);
 }
 
-// A table of codes as its value at -128 and what it gains at every code where it changes, modulo 256: a table of 16 levels
-// is 15 comparisons of 64 codes at once, on any processor.
-struct Steps {
-  bool any;
-  int count = 0;
-  uint8_t first;
-  int8_t at[255];
-  uint8_t gain[255];
-
-  INLINE explicit Steps(const int8_t* table) : any(table) {
-    if (!any) return;
-    first = table[0];
-    for (int i = 1; i < 256; ++i)
-      if (table[i] != table[i - 1]) at[count] = i - 128, gain[count++] = table[i] - table[i - 1];
-  }
-  INLINE void apply(int8_t* codes, int64_t n) const {
-    if (!any) return;
-    typedef int8_t s64 __attribute__((vector_size(64)));
-    typedef uint8_t u64 __attribute__((vector_size(64)));
-    for (int64_t k = 0; k < n; k += 64) {
-      const size_t bytes = n - k < 64 ? n - k : 64;
-      s64 code = {};
-      __builtin_memcpy(&code, codes + k, bytes);
-      u64 out = u64{} + first;
-      for (int i = 0; i < count; ++i) out += (u64)(code >= at[i]) & gain[i];
-      __builtin_memcpy(codes + k, &out, bytes);
-    }
-  }
-};
-
 template <bool kNorm>
 INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
   // The codes are bytes, which may alias anything: what the loops need is copied out of p first.

@@ -222,3 +222,35 @@ INLINE Codes codes_of(int64_t bits, int64_t zero_point) {
   return {(float)(-half - zero_point), (float)(half - 1 - zero_point), (int32_t)zero_point};
 }
 INLINE vb to_code(vf y, Codes c) { return to_bytes(to_int(vmin(vmax(y, c.lo), c.hi)) + c.zero_point); }
+
+// What takes the place of the codes -128 .. 127: the value at -128, and what is gained at every code where it changes,
+// modulo 256. A table of 16 levels is 15 comparisons of 64 codes at once, on any processor; one of many is looked up.
+struct Steps {
+  const int8_t* table;
+  int count = 0;
+  int8_t at[255];
+  uint8_t gain[255];
+
+  INLINE explicit Steps(const int8_t* t) : table(t) {
+    for (int i = 1; table && i < 256; ++i)
+      if (table[i] != table[i - 1]) at[count] = i - 128, gain[count++] = table[i] - table[i - 1];
+  }
+  INLINE void apply(int8_t* codes, int64_t n) const {
+    constexpr int kFew = 40;
+    if (!table) return;
+    if (count > kFew) {
+      for (int64_t k = 0; k < n; ++k) codes[k] = table[codes[k] + 128];
+      return;
+    }
+    typedef int8_t s64 __attribute__((vector_size(64)));
+    typedef uint8_t u64 __attribute__((vector_size(64)));
+    for (int64_t k = 0; k < n; k += 64) {
+      const size_t bytes = n - k < 64 ? n - k : 64;
+      s64 code = {};
+      __builtin_memcpy(&code, codes + k, bytes);
+      u64 out = u64{} + (uint8_t)table[0];
+      for (int i = 0; i < count; ++i) out += (u64)(code >= at[i]) & gain[i];
+      __builtin_memcpy(codes + k, &out, bytes);
+    }
+  }
+};
