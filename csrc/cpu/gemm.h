@@ -120,10 +120,14 @@ INLINE void widen_levels(const Gemm& g, const uint8_t* src, uint8_t* dst) {
     for (int n = 0; n < kTile; ++n)
       ((float*)dst)[k * kTile + n] = k < g.K ? g.w_lut[(int8_t)src[k / 4 * 64 + 4 * n + k % 4] + half] : 0.f;
 }
-// The sums over k < K of a tile's int8 operands, which the tile holds for its codes, not for their levels.
-INLINE vi sums_of(const uint8_t* codes, int64_t K) {
+// The sums over k < K of a tile's levels: what it holds are those of its codes. For unsigned x, which has an offset.
+INLINE vi sums_of(const uint8_t* levels, int64_t K) {
   vi sum = {};
-  for (int64_t k = 0; k < K; ++k) sum = sum + ((load<vi>(codes + k / 4 * 64) << (int)(24 - 8 * (k % 4))) >> 24);
+  for (int64_t k = 0; k < K; k += 4, levels += 64) {
+    const int32_t ones = K - k >= 4 ? 0x01010101 : 0x01010101 >> 8 * (4 - (K - k));
+    const vi w = load<vi>(levels);
+    EACH sum.v[i] = Dot8::dot(sum.v[i], broadcast(&ones), w.v[i]);
+  }
   return sum;
 }
 
@@ -240,8 +244,8 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
           else widen_float(codes, to, padded / 4);
         } else {
           const int32_t offset = (int32_t)g.x_zero_point + (kOperand == Operand::bytes ? 128 : 0);
-          if (offset) store(init + i * kTile, -offset * (levels.table ? sums_of(codes, g.K) : load<vi>(tile_start)));
-          else store(init + i * kTile, vi{});
+          const vi sums = levels.table ? sums_of(codes, g.K) : load<vi>(tile_start);
+          store(init + i * kTile, -offset * sums);
           if constexpr (kOperand == Operand::words) widen16(codes, widened + i * panel_stride, padded / 4);
         }
       }
