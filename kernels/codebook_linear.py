@@ -16,7 +16,7 @@ returns      (M, N)       float32, or int8 when out_scale is given
 A table of 256 levels of an fp8 operand is that of its bytes: the codes then are the operands, and it is not read.
 Other x is looked up once, in a pass of its own, as every column of blocks would repeat it; other w where it is
 multiplied, in shared memory. GPUs before sm_89 have no fp8 unit and multiply fp8 values as float16, which holds them
-all. Hopper's fp8 sums keep about 13 bits; they are added to a float32 sum every 128 inputs.
+all. The fp8 sums of Ada and Hopper keep 13 bits; there they start anew every BLOCK_K inputs and add to a float32 sum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import GROUP_M, MATMUL_FLAGS, bits_of, block_of, epilogue, rows, vector
+from ._common import GROUP_M, MATMUL_FLAGS, aligned_rows, bits_of, block_of, epilogue, rows, vector
 from ._packed import first_plane, load_plane, plane_ptrs, unpack
 
 _DTYPES = {
@@ -41,9 +41,10 @@ _DTYPES = {
 def _decode_kernel(x_ptr, lut_ptr, y_ptr, M, K, stride_xm, stride_ym, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    mask_m, mask = offs_m < M, (offs_m < M)[:, None] & (offs_k < K)[None, :]
     code = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0)
-    y = tl.load(lut_ptr + code.to(tl.int32)).to(y_ptr.dtype.element_ty)
+    y = tl.load(lut_ptr + code.to(tl.int32), mask=mask, other=0.0).to(y_ptr.dtype.element_ty)
+    mask = mask_m[:, None] & (offs_k < stride_ym)[None, :]
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_k[None, :], y, mask=mask)
 
 
@@ -52,7 +53,7 @@ def _codebook_linear_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_lut_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, out_scale_ptr, y_ptr,
     M, N, stride_xm, stride_wt, stride_rm, out_zero_point,
     K: tl.constexpr, BITS: tl.constexpr, ACTIVATION: tl.constexpr, X_SCALE_PER_ROW: tl.constexpr,
-    OUT_SCALE_PER_COLUMN: tl.constexpr, OUT_BITS: tl.constexpr,
+    OUT_SCALE_PER_COLUMN: tl.constexpr, OUT_BITS: tl.constexpr, PROMOTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     block_m, block_n = block_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -72,7 +73,9 @@ def _codebook_linear_kernel(
         second_ptrs = plane_ptrs(w_ptr, tile, stride_wt, 64 * P, BITS - P, BITS, CHUNKS)
 
     if w_lut_ptr is not None:
-        w_lut = tl.load(w_lut_ptr + tl.arange(0, 2**BITS)).to(x_ptr.dtype.element_ty)
+        w_lut = tl.load(w_lut_ptr + tl.arange(0, 2**BITS))
+        # Codes of no level have NaN, and what lies beyond the last chunk may be such a code.
+        w_lut = tl.where(w_lut == w_lut, w_lut, 0.0).to(x_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(0, K, BLOCK_K):
         x = tl.trans(tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K - k)[None, :], other=0.0))
@@ -89,7 +92,10 @@ def _codebook_linear_kernel(
         else:
             code = tl.reshape((w >> (8 - BITS)).to(tl.int32), (BLOCK_N * BLOCK_K,))
             w = tl.reshape(tl.gather(w_lut, code, axis=0), (BLOCK_N, BLOCK_K))
-        acc = tl.dot(w, x, acc, max_num_imprecise_acc=128)
+        if PROMOTE:
+            acc += tl.dot(w, x, max_num_imprecise_acc=BLOCK_K)  # else Triton puts acc into the dot
+        else:
+            acc = tl.dot(w, x, acc)
         x_ptrs += BLOCK_K
         w_ptrs += 64 * BITS * CHUNKS
 
@@ -106,19 +112,19 @@ def _blocks(M: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 3}
 
 
-def _has_fp8(x: Tensor) -> bool:
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
 
 
 def _decode(x: Tensor, lut: Tensor, dtype: torch.dtype) -> Tensor:
-    """lut[x], rows 16 bytes apart so that they load as such."""
-    M, K = x.shape
+    """lut[x], as aligned_rows."""
+    x, (M, K) = rows(x), x.shape
     y = torch.empty((M, triton.cdiv(K, 16) * 16), dtype=dtype, device=x.device)
-    BLOCK_K = min(256, triton.next_power_of_2(K))
+    BLOCK_K = min(256, triton.next_power_of_2(y.shape[1]))
     BLOCK_M = 4096 // BLOCK_K
-    grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(K, BLOCK_K))
+    grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(y.shape[1], BLOCK_K))
     _decode_kernel[grid](x, lut.contiguous(), y, M, K, x.stride(0), y.stride(0), BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K)
-    return y[:, :K]
+    return y
 
 
 def codebook_linear(
@@ -137,24 +143,26 @@ def codebook_linear(
     out_zero_point: int,
     out_bits: int,
 ) -> Tensor:
-    x, w_packed, residual = rows(x), w_packed.contiguous(), None if residual is None else rows(residual)
-    (M, K), N = x.shape, w_scale.shape[0]
+    (M, K), N, w_packed = x.shape, w_scale.shape[0], w_packed.contiguous()
+    residual = None if residual is None else aligned_rows(residual)
     y = torch.empty((M, N), dtype=torch.float32 if out_scale is None else torch.int8, device=x.device)
     if y.numel() == 0:
         return y
-    dtype = _DTYPES[operand]
-    dtype = torch.float16 if dtype.itemsize == 1 and not _has_fp8(x) else dtype
+    dtype, capability = _DTYPES[operand], _capability(x)
+    dtype = torch.float16 if dtype.itemsize == 1 and capability < (8, 9) else dtype
+    promote = dtype.itemsize == 1 and capability[0] != 10
     bits, blocks = bits_of(w_packed, K), _blocks(M, dtype.itemsize)
     grid = (triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(N, blocks["BLOCK_N"]),)
     with torch.cuda.device_of(x):
-        x = x.view(dtype) if dtype.itemsize == 1 and x_lut.shape[0] == 256 else _decode(x, x_lut, dtype)
+        bytes_are_values = dtype.itemsize == 1 and x_lut.shape[0] == 256
+        x = aligned_rows(x).view(dtype) if bytes_are_values else _decode(x, x_lut, dtype)
         _codebook_linear_kernel[grid](
             x, vector(x_scale),
             w_packed.view(torch.int8), None if dtype.itemsize == 1 and bits == 8 else vector(w_lut), vector(w_scale),
             vector(bias), vector(layer_scale), residual, vector(out_scale), y,
             M, N, x.stride(0), w_packed.stride(0), 0 if residual is None else residual.stride(0), out_zero_point,
-            K=K, BITS=bits, ACTIVATION=activation, X_SCALE_PER_ROW=x_scale.shape[0] > 1,
+            K=x.shape[1], BITS=bits, ACTIVATION=activation, X_SCALE_PER_ROW=x_scale.shape[0] > 1,
             OUT_SCALE_PER_COLUMN=out_scale is not None and out_scale.shape[0] > 1, OUT_BITS=out_bits,
-            GROUP_M=GROUP_M, **blocks, **MATMUL_FLAGS,
+            PROMOTE=promote, GROUP_M=GROUP_M, **blocks, **MATMUL_FLAGS,
         )  # fmt: skip
     return y

@@ -21,14 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import GROUP_M, MATMUL_FLAGS, bits_of, block_of, rows, vector
+from ._common import GROUP_M, MATMUL_FLAGS, aligned_rows, bits_of, block_of, vector
 from ._packed import first_plane, load_plane, plane_ptrs, to_float, unpack
 
 
 @triton.jit
 def _weight_only_linear_kernel(
     x_ptr, w_ptr, w_scale_ptr, w_zero_point_ptr, bias_ptr, y_ptr, M, N, stride_xm, stride_wt,
-    K: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     block_m, block_n = block_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -60,10 +60,10 @@ def _weight_only_linear_kernel(
             second_ptrs += 64 * BITS * CHUNKS
         w = to_float(unpack(w, second, BITS, TILES, CHUNKS))
         if GROUPS > 0:
-            if (K // GROUPS) % BLOCK_K == 0:
-                g = offs_n[:, None] * GROUPS + k // (K // GROUPS)
+            if GROUP_SIZE % BLOCK_K == 0:
+                g = offs_n[:, None] * GROUPS + k // GROUP_SIZE
             else:
-                g = offs_n[:, None] * GROUPS + tl.minimum((k + offs_k) // (K // GROUPS), GROUPS - 1)[None, :]
+                g = offs_n[:, None] * GROUPS + tl.minimum((k + offs_k) // GROUP_SIZE, GROUPS - 1)[None, :]
             if w_zero_point_ptr is not None:
                 w -= tl.load(w_zero_point_ptr + g, mask=mask_n[:, None], other=0.0) * (1 / UNIT)
             w *= tl.load(w_scale_ptr + g, mask=mask_n[:, None], other=0.0) * UNIT
@@ -90,18 +90,20 @@ def _blocks(M: int, group_size: int, itemsize: int) -> dict[str, int]:
 def weight_only_linear(
     x: Tensor, w_packed: Tensor, w_scale: Tensor, w_zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    x, w_packed = rows(x), w_packed.contiguous()
+    groups = 0 if w_scale.dim() == 1 else w_scale.shape[1]
+    group_size = x.shape[1] // groups if groups else 64
+    x, w_packed = aligned_rows(x), w_packed.contiguous()
     (M, K), N = x.shape, w_scale.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    groups = 0 if w_scale.dim() == 1 else w_scale.shape[1]
-    blocks = _blocks(M, K // groups if groups else 64, x.itemsize)
+    blocks = _blocks(M, group_size, x.itemsize)
     grid = (triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(N, blocks["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         _weight_only_linear_kernel[grid](
             x, w_packed.view(torch.int8), vector(w_scale), vector(w_zero_point), vector(bias), y,
             M, N, x.stride(0), w_packed.stride(0),
-            K=K, BITS=bits_of(w_packed, K), GROUPS=groups, GROUP_M=GROUP_M, **blocks, **MATMUL_FLAGS,
+            K=K, BITS=bits_of(w_packed, K), GROUPS=groups, GROUP_SIZE=group_size, GROUP_M=GROUP_M,
+            **blocks, **MATMUL_FLAGS,
         )  # fmt: skip
     return y
