@@ -115,7 +115,7 @@ class Code:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
             compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        self.ptx, self.shared = compiled.asm["ptx"], compiled.metadata.shared
+        self.ttgir, self.ptx, self.shared = compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.shared
         cubin = folder / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(cubin)]
@@ -124,11 +124,26 @@ class Code:
         self.count = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", self.sass, re.M))
 
     def assert_sound(self, uncontracted=True):
-        """No spill, fits every GPU, and every float32 operation rounds as written."""
+        """No spill, fits every GPU, words are unpacked whole, and every float32 operation rounds as written."""
         assert self.stack == self.local == self.count["STL"] == self.count["LDL"] == 0, "spills"
         assert self.shared <= SMEM_SM89
+        self.assert_words_are_whole()
         if uncontracted:
             assert not re.search(r"fma\.rn\S*\.f32|\.ftz|div\.(full|approx)|(rcp|sqrt|rsqrt|ex2)\.approx", self.ptx)
+
+    def assert_words_are_whole(self):
+        """An unpacking instruction shifts its four bytes by as much, so they are the four inputs of one word.
+
+        Triton groups what a thread holds in the order of its registers, so the last dimension must come first there.
+        """
+        layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*)$", self.ttgir, re.M))
+        shifting = [line for line in self.ttgir.splitlines() if "elementwise_inline_asm" in line and "shf.r" in line]
+        for name in {name for line in shifting for name in re.findall(r"x4xi8, (#\w+)>", line)}:
+            layout = layouts[name]
+            if "#ttg.linear" in layout:
+                assert re.search(r"register = \[\[0, 0, 0, 0, 1\], \[0, 0, 0, 0, 2\]", layout), layout
+            else:
+                assert re.search(r"sizePerThread = \[\d+, \d+, \d+, \d+, 4\].*order = \[4, ", layout), layout
 
     def assert_mma(self, name):
         """The tensor core instruction is this one, and the only one."""
