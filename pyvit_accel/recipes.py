@@ -3,6 +3,8 @@
     W8A8           int8 weights and activations, folds and scales from calibration batches; the fastest
     W8A8_DYNAMIC   int8 weights and activations, one scale per token found at run time; needs no data
     W8A16          int8 weights, float activations: a quarter of the memory at float speed
+    FP8            e4m3 weights and activations, a scale per output feature and per token; for GPUs with fp8 units
+    POW2           weights are 0 or +-2^0 .. 2^-6 of a scale, 4 bits; int8 activations; published ones are retrained
 
 A sum of recipes, A + B, offers each module to A first.
 """
@@ -19,7 +21,11 @@ from torch import nn
 from pyvit_accel import adapters, planning
 from pyvit_accel.adapters import ATTENTIONS, BLOCKS, MLPS, PATCH_EMBEDS, Adapter
 from pyvit_accel.convert import Layer, Recipe, Replacement, Rule
-from pyvit_accel.modules import QuantPatchEmbed, WeightOnlyLinear, build
+from pyvit_accel.formats.codebook import Codebook
+from pyvit_accel.formats.fp8 import fp8
+from pyvit_accel.formats.pow2 import ps_weight
+from pyvit_accel.formats.twin import uniform
+from pyvit_accel.modules import CodebookLinear, QuantPatchEmbed, WeightOnlyLinear, build
 from pyvit_accel.modules.build import Scheme
 from pyvit_accel.modules.quant_linear import PackedWeight
 from pyvit_accel.planning import Calibration, Reconstruction
@@ -124,7 +130,15 @@ def weight_only(w_bits: int, group_size: int = 0) -> Recipe:
     return Recipe(f"W{w_bits}A16", (Rule("*", LINEAR, make, exact=True),))
 
 
+def codebook(name: str, w_format: Codebook, x_format: Codebook | None) -> Recipe:
+    """Weights and activations of any levels, in every nn.Linear; a scale per output feature and one per token."""
+    make = partial(_plain, lambda linear, observed: CodebookLinear.from_linear(linear, w_format, x_format))
+    return Recipe(name, (Rule("*", LINEAR, make, exact=True),))
+
+
 W8A8, W6A6, W4A8, W4A4, W3A3 = integer(8, 8), integer(6, 6), integer(4, 8), integer(4, 4), integer(3, 3)
 W8A8_DYNAMIC = _integer("W8A8_DYNAMIC", Scheme(), needs_calibration=False)
 W8A16, W4A16 = weight_only(8), weight_only(4, group_size=64)
-RECIPES = {recipe.name: recipe for recipe in (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16)}
+FP8 = codebook("FP8", fp8("e4m3"), fp8("e4m3"))
+POW2 = codebook("POW2", ps_weight(bits=4), uniform(8, 1.0, zero_point=128))
+RECIPES = {recipe.name: recipe for recipe in (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16, FP8, POW2)}

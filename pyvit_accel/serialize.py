@@ -28,10 +28,7 @@ UNREADABLE = {
     "foreign": "load: {path} is truncated or not a safetensors file ({error}); copy or save it again",
     "damaged": "load: {path} is truncated or not a safetensors file ({error}); copy or save it again",
 }
-CLASSES = {
-    name: getattr(modules, name)
-    for name in ("QuantAttention", "QuantBlock", "QuantLinear", "QuantMlp", "QuantPatchEmbed", "WeightOnlyLinear")
-}
+CLASSES = {name: getattr(modules, name) for name in modules.__all__}
 TABLES = {name: getattr(adapters, name) for name in ("ATTENTIONS", "BLOCKS", "MLPS", "PATCH_EMBEDS")}
 
 

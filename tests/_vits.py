@@ -54,9 +54,11 @@ def module_names(model: nn.Module) -> list[str]:
     return [type(module).__name__ for module in model.modules()]
 
 
+CODEBOOK = "CodebookLinear"
 # How many times the error of W8A8 the weights and activations of other recipes may make on random models.
-COARSER = {"W6A6": 3, "W4A8": 6, "W4A4": 8, "W3A3": 14, "W4A16": 6}
+COARSER = {"W6A6": 3, "W4A8": 6, "W4A4": 8, "W3A3": 14, "W4A16": 6, "FP8": 2, "POW2": 9}
 
 
-def weight_only(recipe) -> bool:
-    return recipe.name.endswith("A16")
+def linear_class(recipe) -> str | None:
+    """What each nn.Linear becomes, with recipes that build no blocks."""
+    return "WeightOnlyLinear" if recipe.name.endswith("A16") else {"FP8": CODEBOOK, "POW2": CODEBOOK}.get(recipe.name)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from _vits import COARSER, VARIANTS, module_names, pixels, relative_error, spread, vit, weight_only
+from _vits import COARSER, VARIANTS, linear_class, module_names, pixels, relative_error, spread, vit
 from torch import nn
 
 from pyvit_accel import Recipe, Rule, Unsupported, accelerate, recipes
@@ -63,8 +63,8 @@ def test_our_vit(variant, recipe):
     error = (0.1 if variant == "average pool" else 0.07) * COARSER.get(recipe.name, 1)
     assert relative_error(y, truth) < error
     names = module_names(new)
-    if weight_only(recipe):
-        assert names.count("WeightOnlyLinear") == 2 * 4 + names.count("VisionTransformer") * len(heads(model))
+    if linear_class(recipe):
+        assert names.count(linear_class(recipe)) == 2 * 4 + names.count("VisionTransformer") * len(heads(model))
     else:
         assert names.count("QuantBlock") == 2 and names.count("QuantPatchEmbed") == 1
         expected = {"patch_embed": "QuantPatchEmbed", "blocks.0": "QuantBlock", "blocks.1": "QuantBlock"}

@@ -8,13 +8,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 from _torchvision_stub import import_timm
-from _vits import COARSER, module_names, pixels, relative_error, spread, weight_only
+from _vits import COARSER, linear_class, module_names, pixels, relative_error, spread
 
 from pyvit_accel import accelerate, load, recipes, save
 
 DEPTH = 2
 ERROR = 0.06  # of the tokens after the last block, relative; random weights average nothing out
-SOME = (recipes.W8A8, recipes.W8A8_DYNAMIC, recipes.W4A4, recipes.W4A16)
+SOME = (recipes.W8A8, recipes.W8A8_DYNAMIC, recipes.W4A4, recipes.W4A16, recipes.FP8)
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": DEPTH, "image_size": 32, "patch_size": 8}
 TRANSFORMERS = {
     "ViT": {"intermediate_size": 128},
@@ -94,11 +94,11 @@ def test_end_to_end(model_and_tokens, recipe, tmp_path):
     new, report = accelerate(model, recipe, [images_of(model)])
     y = tokens(new)
     assert (y.shape, y.dtype) == (truth.shape, truth.dtype)
-    error = 0.03 if weight_only(recipe) else ERROR
+    error = 0.03 if linear_class(recipe) == "WeightOnlyLinear" else ERROR
     assert relative_error(y, truth) < error * COARSER.get(recipe.name, 1)
     became = [entry.became for entry in report.replaced]
-    if weight_only(recipe):
-        assert became.count("WeightOnlyLinear") >= 4 * DEPTH
+    if linear_class(recipe):
+        assert became.count(linear_class(recipe)) >= 4 * DEPTH
     else:
         assert became.count("QuantBlock") == module_names(new).count("QuantBlock") == DEPTH
     assert torch.equal(tokens(model), truth)

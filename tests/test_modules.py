@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import _replay
@@ -42,6 +43,8 @@ CASES = {
     "QuantLinear": (lambda: spread(nn.Linear(C, 37)), recipes.W8A8_DYNAMIC, 0.02),
     "QuantLinear, no bias": (lambda: spread(nn.Linear(C, 37, bias=False)), recipes.W8A8_DYNAMIC, 0.02),
     "WeightOnlyLinear": (lambda: spread(nn.Linear(C, 37)), recipes.W8A16, 0.01),
+    "CodebookLinear": (lambda: spread(nn.Linear(C, 37)), recipes.FP8, 0.06),
+    "CodebookLinear, no bias": (lambda: spread(nn.Linear(C, 37, bias=False)), recipes.POW2, 0.2),
     "QuantMlp": (part(Mlp), recipes.W8A8_DYNAMIC, 0.03),
     "QuantMlp, static": (part(Mlp, activation="gelu_tanh"), TENSOR, 0.03),
     "QuantAttention": (part(Attention), recipes.W8A8_DYNAMIC, 0.05),
@@ -114,7 +117,7 @@ def test_state_dict_round_trip(name):
     again.load_state_dict(new.state_dict())
     assert torch.equal(again.eval()(tokens()), new(tokens()))
     assert again.config() == config
-    assert repr(again) == repr(new) and "int8" in repr(new)
+    assert repr(again) == repr(new) and re.search("int8|e4m3", repr(new))
     with pytest.raises(RuntimeError, match="size mismatch"):
         again.load_state_dict({key: t[:-1] if t.numel() > 1 else t for key, t in new.state_dict().items()})
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import affine, operands, packed
 
 ZERO_POLICIES = ("extra", "last", "none")
+WEIGHT_CLIPS = tuple(2.0 ** (-i / 8) for i in range(-4, 13))  # scales of powers of two repeat after an octave
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +194,26 @@ class Codebook:
         if prescale_log2 is None:
             _, prescale_log2 = operands.choose(self.levels, operand_dtype)
         return replace(self, operand_dtype=operand_dtype, prescale_log2=prescale_log2)
+
+    def with_scale(self, scale: Tensor | float, axis: int = -1) -> Codebook:
+        """The same format with another scale, (1,) or (G,) along axis."""
+        return replace(self, scale=scale, axis=axis)
+
+    def weight_scale(self, w: Tensor) -> Tensor:
+        """scale (N,) for w (N, K): of WEIGHT_CLIPS the one with the least squared error, at 8 bits simply 1.
+
+        1 stands for the scale with which the largest weight of a row is the outermost level of its sign.
+        """
+        low, high = (self.levels[[0, -1]] * self.unit).tolist()
+        w = w.detach().float()
+        full = w.amax(dim=1) / high if high > 0 else w.new_zeros(len(w))
+        full = torch.maximum(full, w.amin(dim=1) / low if low < 0 else full).clamp_min(affine.MIN_SCALE)
+        best, least = full, torch.full_like(full, torch.inf)
+        for clip in (1.0,) if self.bits == 8 else WEIGHT_CLIPS:
+            book = self.with_scale(full * clip, axis=0)
+            error = (book.dequantize(book.quantize(w)) - w).square().sum(dim=1)
+            best, least = torch.where(error < least, book.scale, best), torch.minimum(error, least)
+        return best
 
     def fold_offset(self, w: Tensor, bias: Tensor | None = None) -> Tensor:
         """The bias (N,) of a linear whose matmul leaves out the offset of its input; w (N, K) as dequantized."""

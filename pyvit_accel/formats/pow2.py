@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import operands
-from .codebook import Codebook, boundaries
+from .codebook import Codebook, boundaries, check_bits
 
 
 def q_weight(scale: Tensor | float = 1.0) -> Codebook:
@@ -20,9 +20,14 @@ def q_weight(scale: Tensor | float = 1.0) -> Codebook:
     return _signed("pow2 q", 6, 15, 2.0**-149, scale)
 
 
-def ps_weight(scale: Tensor | float = 1.0) -> Codebook:
-    """For a weight that was not trained so, zero begins where 2^-14 would round to 2^-15."""
-    return _signed("pow2 ps", 5, 14, 2.0**-14.5, scale)
+def ps_weight(scale: Tensor | float = 1.0, bits: int = 5) -> Codebook:
+    """2^bits - 1 levels, sgn 2^0 .. 2^(2 - 2^(bits-1)) and zero; published with 5 bits. With 4 they are int8 integers.
+
+    For a weight that was not trained so, zero begins where the smallest level would round to the next below.
+    """
+    check_bits("pow2 ps", bits)
+    deepest = 2 ** (bits - 1) - 2
+    return _signed("pow2 ps", bits, deepest, 2.0 ** -(deepest + 0.5), scale)
 
 
 def ps_codes(shift: Tensor, sign: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Drop-in torch.nn modules over the ops."""
 
+from .codebook_linear import CodebookLinear
 from .quant_attention import QuantAttention
 from .quant_block import QuantBlock
 from .quant_linear import QuantLinear
@@ -7,4 +8,12 @@ from .quant_mlp import QuantMlp
 from .quant_patch_embed import QuantPatchEmbed
 from .weight_only_linear import WeightOnlyLinear
 
-__all__ = ["QuantAttention", "QuantBlock", "QuantLinear", "QuantMlp", "QuantPatchEmbed", "WeightOnlyLinear"]
+__all__ = [
+    "CodebookLinear",
+    "QuantAttention",
+    "QuantBlock",
+    "QuantLinear",
+    "QuantMlp",
+    "QuantPatchEmbed",
+    "WeightOnlyLinear",
+]

@@ -51,7 +51,7 @@ def _check_levels(name: str, lut: Tensor, operand: str) -> None:
         )
     if dtype.itemsize == 1 and lut.shape[0] == 256:
         values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-        wrong = (values != lut) & ~lut.isnan()
+        wrong = (values != lut) & values.isfinite() & ~lut.isnan()
         if bool(wrong.any()):
             i = int(wrong.nonzero()[0])
             raise ValueError(
