@@ -18,23 +18,12 @@ from torch import Tensor, nn
 
 from pyvit_accel import adapters, calibrate
 from pyvit_accel.adapters import BLOCKS
-from pyvit_accel.calibrate import BlockPlan, Kept, Observed
+from pyvit_accel.calibrate import BlockPlan, Kept, Observed, Reconstruction
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.modules import build
 from pyvit_accel.modules.build import Scheme
 
 MOST_IMAGES = 256  # that searches see
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Settings of calibrate.reconstruct. merges: how many neighbouring blocks to learn together, after MRECG."""
-
-    iterations: int = 200
-    batch_size: int = 16
-    seed: int = 0
-    merges: int = 0
-    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +48,8 @@ def calibrated(
     scheme = scheme.with_observed(observed)
     plans: dict[nn.Module, BlockPlan] = {}
     with torch.no_grad():
-        for chain in _chains(observed.blocks):
-            plans |= _plan_chain(chain, scheme, search, reconstruction)
+        for i, chain in enumerate(_chains(observed.blocks)):
+            plans |= _plan_chain(chain, scheme, search, _of_chain(i, reconstruction))
     return Calibration(observed, scheme, plans)
 
 
@@ -74,6 +63,13 @@ def _chains(blocks: Iterable[Kept]) -> Iterator[list[Kept]]:
         chain.append(kept)
     if chain:
         yield chain
+
+
+def _of_chain(i: int, reconstruction: Reconstruction | None) -> Reconstruction | None:
+    """A checkpoint belongs to one chain: those after the first have a number behind its name."""
+    if reconstruction is None or reconstruction.checkpoint is None or i == 0:
+        return reconstruction
+    return replace(reconstruction, checkpoint=f"{reconstruction.checkpoint}.{i}")
 
 
 def _plan_chain(
@@ -95,13 +91,9 @@ def _plan_chain(
         plans[kept.block] = plan
     if reconstruction is None or not plans:
         return plans
-    r, given = reconstruction, list(plans.values())
-    groups = calibrate.mrecg_groups(given, r.merges) if r.merges else None
+    blocks, given = [_tensor_out(block) for block in plans], list(plans.values())
     with torch.enable_grad():
-        learned = calibrate.reconstruct(
-            given, [_tensor_out(block) for block in plans], inputs, iterations=r.iterations, batch_size=r.batch_size,
-            seed=r.seed, groups=groups, progress=progress, checkpoint=r.checkpoint,
-        )  # fmt: skip
+        learned = calibrate.reconstruct(given, blocks, inputs, reconstruction, progress=progress)
     return dict(zip(plans, learned, strict=True))
 
 

@@ -7,12 +7,13 @@
     gamma, beta = calibrate.fold_norm(norm.weight, norm.bias, fold)
     w, bias = calibrate.fold_linear(qkv.weight, qkv.bias, fold)
 
-It sees modules and batches, never kernels. Nothing here is random: the same batches give the same numbers.
+It sees modules and batches, never kernels. The same batches and seeds give the same numbers.
 
 scales     min-max, percentile and MSE observers, RepQ-ViT's percentile search; 2 to 8 bits
 fold       the general fold; repq, sqb: the folds of RepQ-ViT, LRP-QViT and MPTQ-ViT
 adalog     AdaLog's search for scales, zero points and bases; sulq, twin, optm: other formats of softmax and GELU
 relevance  what a layer contributes; allocate: bits per layer under a budget
+reconstruct  rounding and scales learned block by block; data_free: calibration images made from the model alone
 norms      RepBN and Unified Normalization folded away
 """
 
@@ -27,6 +28,7 @@ from pyvit_accel.calibrate.adalog import (
     fpcs_weight,
     shift_bias,
 )
+from pyvit_accel.calibrate.data_free import synthesize
 from pyvit_accel.calibrate.fold import (
     Fold,
     bias_correction,
@@ -38,6 +40,7 @@ from pyvit_accel.calibrate.fold import (
 from pyvit_accel.calibrate.observers import Activation, Kept, Observed, observe
 from pyvit_accel.calibrate.optm import optm_gelu
 from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan, block_output, output_error
+from pyvit_accel.calibrate.reconstruct import Reconstruction, mrecg_groups, reconstruct
 from pyvit_accel.calibrate.refine import refine
 from pyvit_accel.calibrate.relevance import relevance
 from pyvit_accel.calibrate.repq import channel_scales, clipped_scales, log_sqrt2_scale, refold, repq_fold, repq_plan
@@ -53,6 +56,7 @@ __all__ = [
     "Kept",
     "LinearPlan",
     "Observed",
+    "Reconstruction",
     "adalog_gelu",
     "adalog_plan",
     "adalog_softmax",
@@ -69,6 +73,7 @@ __all__ = [
     "fpcs_input",
     "fpcs_weight",
     "log_sqrt2_scale",
+    "mrecg_groups",
     "norms",
     "observe",
     "optm_gelu",
@@ -76,6 +81,7 @@ __all__ = [
     "output_error",
     "percentile_search",
     "range_fold",
+    "reconstruct",
     "refine",
     "refold",
     "relevance",
@@ -85,6 +91,7 @@ __all__ = [
     "sqb_fold",
     "sulq_search",
     "symmetric_scale",
+    "synthesize",
     "twin_gelu",
     "twin_softmax",
 ]
