@@ -178,8 +178,10 @@ def compiled(tile, architecture, folder, K=768, fp8=False, **kwargs):
 HEAVY = {"x_zero_point": 3, "parts": "rbl+", "out_columns": 768, "out_bits": 4, "activation": "gelu"}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("w_bits", BITS)
+INT8 = {80: BITS, 89: (3, 4, 8), 90: BITS, 100: (6, 8)}  # bits compiled; sm_100 launches fp8 up to 5
+
+
+@pytest.mark.parametrize("architecture, w_bits", [(a, bits) for a in ARCHITECTURES for bits in INT8[a]])
 def test_uses_int8_mma(w_bits, architecture, tmp_path):
     """The heaviest epilogue: everything at once, GELU, requantised per column."""
     code = compiled("large", architecture, tmp_path, w_bits=w_bits, **HEAVY)
@@ -197,12 +199,17 @@ def test_smaller_tiles_use_int8_mma(tile, w_bits, architecture, tmp_path):
     code.assert_mma("IGMMA" if architecture == 90 else "IMMA")
 
 
-@pytest.mark.parametrize("architecture, mma", [(89, "QMMA"), (90, "QGMMA"), (100, "UTCQMMA")])
-@pytest.mark.parametrize("tile, w_bits", [("large", 5), ("middle", 3)])
-def test_uses_fp8_mma(tile, w_bits, architecture, mma, tmp_path):
+@pytest.mark.parametrize(
+    "architecture, tile, w_bits",
+    [(89, "middle", 3), (90, "large", 5), (100, "large", 5), (100, "large", 2), (100, "middle", 3), (100, "small", 4)],
+)
+def test_uses_fp8_mma(tile, w_bits, architecture, tmp_path):
     code = compiled(tile, architecture, tmp_path, fp8=True, w_bits=w_bits, **HEAVY)
     code.assert_sound(uncontracted=False)  # the partial sums of fp8 dots are added up as fma(x, 1, y), which is exact
-    code.assert_mma(mma)
+    code.assert_mma({89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}[architecture])
+    if architecture == 90:
+        dots = re.findall(r"QGMMA\.64x64x32\.F32\.E4M3\.E4M3 .*", code.sass)
+        assert dots and all(", RZ, !UPT" in dot for dot in dots), "a sum of more than 32 products"
 
 
 @pytest.mark.parametrize("tile", TILES)
