@@ -6,11 +6,23 @@ of norm_quant could differ by one where the mean or rstd lies within a few float
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from _triton import ARCHITECTURES, Code, assert_equal, launches, run, uniform
 
+from pyvit_accel import reference
+
 BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def test_launchers_take_what_references_take():
+    from pyvit_accel import kernels
+
+    for op in kernels.__all__:
+        launcher, truth = (signature(getattr(module, op)) for module in (kernels, reference))
+        assert launcher == truth, op
 
 
 def check_quantize(M, K, per_column, zero_point, bits):
