@@ -229,7 +229,7 @@ class Codebook:
         x = x.double()
         scale, offset = self._along(self.scale.double(), x), self._along(self.offset.double(), x)
         u = (x - offset) / scale
-        slack = 4 * 2.0**-24 * (u.abs() + (offset / scale).abs()) + 2.0**-149
+        slack = 4 * 2.0**-24 * (u.abs() + (offset / scale).abs()) + 2.0**-149 * (u != 0)
         ends = torch.nn.functional.pad(self.thresholds.double(), (1, 1), value=torch.inf)
         ends[..., 0] = -torch.inf
         values = self.levels * self.unit

@@ -52,7 +52,10 @@ def gelu(bits: int, scale: float, negative_scale: float | None = None) -> Codebo
 
 
 def softmax(bits: int, split: float, released: bool = True) -> Codebook:
-    """split: a power of two, 1 or less. Levels are integers times d; float16 holds them all when it is 2^-4 or more."""
+    """split: a power of two, 1 or less. Levels are integers times d; float16 holds the clean ones whatever it is.
+
+    Of the released ones at 8 bits it holds all when split is 2^-3 or more.
+    """
     check_bits("twin softmax", bits)
     if not 0 < split <= 1 or math.frexp(split)[0] != 0.5:
         raise ValueError(f"twin softmax: split={split} is not a power of two of at most 1")
