@@ -54,6 +54,8 @@ CASES = {
     "QuantBlock, static heads": (part(Block, layer_scale=True), recipes.W8A8, 0.02),
     "QuantBlock, static": (part(Block), TENSOR, 0.02),
     "QuantBlock, qk norm": (part(Block, qk_norm=True, layer_scale=True), TENSOR, 0.02),
+    "QuantBlock, 4 bits": (part(Block), recipes.W4A4, 0.12),
+    "QuantMlp, 4 bits": (part(Mlp), recipes.W4A8, 0.2),
 }
 
 
