@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,6 +82,12 @@ def _add_accelerate(sub) -> None:
             command.error("--output is the file of --weights; the float weights would be lost")
         if args.recipe and (args.max_mib or args.max_ms):
             command.error("--max-mib and --max-ms choose the bits of every layer; leave --recipe out")
+        if args.synthesize and args.calibration:
+            command.error("--synthesize calibrates on images made from the model; leave --calibration out")
+        if args.checkpoint and not args.learn:
+            command.error("--checkpoint keeps what --learn has learned; pass both")
+        if args.learn and args.recipe and not re.fullmatch(r"W\dA\d", args.recipe):
+            command.error(f"--learn is for recipes of integer weights and activations, not {args.recipe}")
         if args.labels and not args.images:
             command.error("--labels came without --images")
 
@@ -101,6 +108,9 @@ def _add_accelerate(sub) -> None:
     add("--calibration", type=Path, metavar="FOLDER",
         help="images to calibrate on (default: some of --images, which are then not measured on)")
     add("--calibration-images", type=_positive, default=32, metavar="N", help="how many of them (default: %(default)s)")
+    add("--synthesize", action="store_true", help="calibrate on images made from the model alone")
+    add("--learn", action="store_true", help="learn the rounding of the weights block by block, better with 256 images")
+    add("--checkpoint", type=Path, metavar="FILE", help="keep the blocks learned so far, and go on from them")
     add("--output", type=Path, required=True, metavar="FILE", help="where the accelerated model goes, .safetensors")
     add("--batch", type=_positive, default=8, help="batch size to measure beside 1 (default: %(default)s)")
     add("--layer-chart", type=Path, metavar="FILE", help="write bits, bytes and error of every layer as a PNG chart")

@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyvit_accel import backends
+from pyvit_accel.calibrate import Reconstruction, synthesize
 from pyvit_accel.convert import Recipe, accelerate
 from pyvit_accel.files import check_writable
 from pyvit_accel.images import ImageFolder
@@ -37,7 +38,7 @@ from pyvit_accel.models import (
     read_weights,
 )
 from pyvit_accel.output import Bar, note, percent, progress, require, table, write_chart, write_json, write_layer_chart
-from pyvit_accel.recipes import RECIPES
+from pyvit_accel.recipes import RECIPES, integer
 from pyvit_accel.serialize import read_header, save
 from pyvit_accel.timemap import map_time, measure_roofs, work_of
 from pyvit_accel.timemap_chart import write_timemap_chart
@@ -66,20 +67,16 @@ def prepare_outputs(args: argparse.Namespace) -> None:
 def run_accelerate(args: argparse.Namespace) -> None:
     prepare_outputs(args)
     model = float_model(args.arch, args.weights, dict(args.override))
-    config, recipe = model.config, None if args.max_mib or args.max_ms else RECIPES[args.recipe or RECIPE]
-    images = calibration = None
+    config, recipe = model.config, _recipe(args)
+    images = None
     if args.images:
         images = ImageFolder.open(args.images, args.labels, config.num_classes)
         _say_skipped(images)
-    if recipe is None or recipe.needs_calibration:
-        calibration, images = _split_calibration(args, images)
     batches = None
-    if calibration is not None:
-        read = calibration.batches(config.image_size, config.in_channels, args.batch)
-        batches = [pixels for pixels, _ in progress(read, "calibration images", num_batches(calibration, args.batch))]
-        _say_skipped(calibration)
+    if recipe is None or recipe.needs_calibration:
+        batches, images = _calibration(args, model, images)
     if recipe is None:
-        found = search(model, batches, max_mib=args.max_mib, max_ms=args.max_ms)
+        found = search(model, batches, max_mib=args.max_mib, max_ms=args.max_ms, reconstruction=_reconstruction(args))
         recipe = found.recipe
         print(found, end="\n\n")
     fast, report = accelerate(model, recipe, batches)
@@ -140,6 +137,35 @@ def _is_accelerated(path: str) -> bool:
     return True
 
 
+def _recipe(args: argparse.Namespace) -> Recipe | None:
+    """None: to be searched for."""
+    if args.max_mib or args.max_ms:
+        return None
+    recipe = RECIPES[args.recipe or RECIPE]
+    if not args.learn:
+        return recipe
+    w_bits, x_bits = (int(digit) for digit in recipe.name[1::2])
+    return integer(w_bits, x_bits, reconstruction=_reconstruction(args))
+
+
+def _reconstruction(args: argparse.Namespace) -> Reconstruction | None:
+    return Reconstruction(checkpoint=args.checkpoint and str(args.checkpoint)) if args.learn else None
+
+
+def _calibration(
+    args: argparse.Namespace, model: VisionTransformer, images: ImageFolder | None
+) -> tuple[list[Tensor], ImageFolder | None]:
+    """Batches to calibrate on, and the images left to measure on."""
+    if args.synthesize:
+        made = synthesize(model, args.calibration_images, progress=progress)
+        return list(made.split(args.batch)), images
+    folder, images = _split_calibration(args, images)
+    read = folder.batches(model.config.image_size, model.config.in_channels, args.batch)
+    batches = [pixels for pixels, _ in progress(read, "calibration images", num_batches(folder, args.batch))]
+    _say_skipped(folder)
+    return batches, images
+
+
 def _split_calibration(args: argparse.Namespace, images: ImageFolder | None) -> tuple[ImageFolder, ImageFolder | None]:
     """Images to calibrate on, and those left to measure on: never the same ones, unless there are too few."""
     if args.calibration:
@@ -148,8 +174,8 @@ def _split_calibration(args: argparse.Namespace, images: ImageFolder | None) -> 
         return folder.sample(args.calibration_images)[0], images
     if images is None:
         raise ValueError(
-            f"{args.recipe or 'this recipe'} takes its scales from images; pass --images or --calibration, or use "
-            "W8A8_DYNAMIC"
+            f"{args.recipe or RECIPE} takes its scales from images; pass --images or --calibration, or --synthesize to "
+            "make some, or use W8A8_DYNAMIC"
         )
     calibration, rest = images.sample(args.calibration_images)
     if not len(rest):

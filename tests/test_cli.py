@@ -116,6 +116,24 @@ def test_accelerate_within_a_budget(digits, tmp_path, capsys):
     assert "max_mib=0.001 is below 0.1" in message
 
 
+def test_accelerate_without_data(weights, tmp_path, capsys):
+    """Calibrated on images that the model itself gave."""
+    args = ("accelerate", "--weights", weights, "--recipe", "W4A8", "--synthesize", "--calibration-images", 4)
+    assert run(*args, "--batch", 2, "--rounds", 1, "--output", tmp_path / "o.safetensors") == 0
+    assert "W4A8: " in capsys.readouterr().out
+
+
+def test_accelerate_learns_and_goes_on(digits, tmp_path, capsys):
+    args = ("accelerate", "--arch", "digits", "--images", digits / "images", "--batch", 1, "--rounds", 1, "--learn")
+    args += ("--recipe", "W4A4", "--calibration-images", 8, "--checkpoint", tmp_path / "c")
+    assert run(*args, "--output", tmp_path / "o.safetensors") == 0
+    learned = (tmp_path / "c").read_bytes()
+    assert run(*args, "--output", tmp_path / "p.safetensors") == 0
+    assert (tmp_path / "c").read_bytes() == learned
+    assert (tmp_path / "o.safetensors").read_bytes() == (tmp_path / "p.safetensors").read_bytes()
+    assert "checkpoint" in failing(capsys, *args, "--calibration-images", 9, "--output", tmp_path / "q.safetensors")
+
+
 def test_calibrates_on_all_images_when_there_are_few(digits, tmp_path, capsys):
     args = ("accelerate", "--arch", "digits", "--images", digits / "images", "--calibration-images", 99, "--batch", 1)
     assert run(*args, "--rounds", 1, "--output", tmp_path / "o.safetensors") == 0
@@ -135,6 +153,9 @@ def test_calibrates_on_all_images_when_there_are_few(digits, tmp_path, capsys):
     (("accelerate", "--weights", "w", "--output", "w"), "the float weights would be lost"),
     (("accelerate", "--weights", "w", "--output", "o", "--recipe", "W8A8", "--max-mib", "3"), "leave --recipe out"),
     (("accelerate", "--weights", "w", "--output", "o", "--max-ms", "3", "--max-mib", "3"), "not allowed with"),
+    (("accelerate", "--weights", "w", "--output", "o", "--synthesize", "--calibration", "c"), "leave --calibration"),
+    (("accelerate", "--weights", "w", "--output", "o", "--checkpoint", "c"), "keeps what --learn has learned"),
+    (("accelerate", "--weights", "w", "--output", "o", "--learn", "--recipe", "W8A16"), "not W8A16"),
     (("accelerate", "--weights", "w", "--output", "o", "--max-mib", "-1"), "'-1' is not a positive number"),
     (("accelerate", "--weights", "w", "--output", "o", "--labels", "l"), "--labels came without --images"),
     (("accelerate", "--weights", "w", "--output", "o", "--override", "depht=3"), "'depht=3' is not FIELD=VALUE"),
