@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pyvit_accel.calibrate.data_free import synthesize
+from pyvit_accel import accelerate, recipes
+from pyvit_accel.calibrate import synthesize
 from pyvit_accel.errors import Unsupported
-from pyvit_accel.models import digits_model
+from pyvit_accel.models import digits_data, digits_model
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig
 
 SIZE = (3, 8, 8)
+CLASSES = [3, 0, 8]
 
 
 @pytest.fixture
@@ -19,14 +23,17 @@ def model() -> nn.Module:
     return VisionTransformer(ViTConfig(image_size=8, patch_size=4, dim=16, depth=2, num_heads=2, num_classes=5)).eval()
 
 
+@cache
+def digits() -> Tensor:
+    return synthesize(digits_model(), 12, CLASSES, 60)
+
+
 def test_a_trained_model_takes_them_for_what_they_are_to_be():
-    """Two of three at least; by chance it would be one of ten."""
-    classes = [3, 0, 8]
-    images = synthesize(digits := digits_model(), 12, classes, 60)
-    assert images.shape == (12, 1, 32, 32)
+    """Half of them at least, measured 9 of 12: by chance so many are right once in 2000."""
+    assert digits().shape == (12, 1, 32, 32)
     with torch.no_grad():
-        found = digits(images).argmax(1)
-    assert (found == torch.tensor(classes * 4)).sum() >= 8
+        found = digits_model()(digits()).argmax(1)
+    assert (found == torch.tensor(CLASSES * 4)).sum() >= 6
 
 
 def test_everything_comes_from_the_model_unless_it_is_given(model):
@@ -104,3 +111,20 @@ def test_models_that_do_not_fit_are_refused(model):
         model.eval().head.bias.fill_(torch.nan)
     with pytest.raises(ValueError, match="loss is nan at step 0"):
         synthesize(model, 2, 5, 2, size=SIZE)
+
+
+# ---- calibrated on them
+
+
+def agreement(model: nn.Module, other: nn.Module, images: Tensor) -> float:
+    with torch.inference_mode():
+        return (model(images).argmax(1) == other(images).argmax(1)).double().mean().item()
+
+
+def test_calibrates_as_real_images_do():
+    """W8A8 on synthesised and on real digits each predict as float32 does; measured 99.8 % and 100 %."""
+    pytest.importorskip("sklearn")
+    (train, _), (test, _) = digits_data("train"), digits_data("test")
+    model = digits_model()
+    for images in (digits(), train[:12]):
+        assert agreement(accelerate(model, recipes.W8A8, [images])[0], model, test) >= 0.99

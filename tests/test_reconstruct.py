@@ -141,6 +141,22 @@ def test_last_tokens_are_the_ones_that_count(plans, blocks, inputs):
     assert_same(one[:1], every[:1])
 
 
+def test_tokens_of_large_activations_do_not_drown_the_others(plans, blocks, inputs):
+    """The first token is to be something of 2500 times the energy that the block cannot give."""
+
+    def block(x: Tensor) -> Tensor:
+        y = blocks[0](x)
+        y[:, 0] = 50 * torch.randn(len(y), CHANNELS, generator=torch.Generator().manual_seed(0))
+        return y
+
+    learned = reconstruct(plans[:1], [block], inputs, settings=SETTINGS)
+
+    def others(plan: BlockPlan) -> Tensor:
+        return (block_output(plan, inputs) - blocks[0](inputs))[:, 1:].square().mean()
+
+    assert others(learned[0]) < 0.8 * others(plans[0])
+
+
 def test_learning_together_looks_at_the_last_output_only(plans, blocks, inputs):
     alone = reconstruct(plans, blocks, inputs, settings=FEW)
     together = reconstruct(plans, blocks, inputs, settings=FEW, groups=[[0, 1]])

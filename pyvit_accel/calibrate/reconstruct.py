@@ -2,12 +2,17 @@
 
 code = clip(base + h(v))                      base <= w / w_scale <= base + 1, or around the codes the plan came with
 h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)       0 or 1 in the end
-loss = |y_hat - y|^2 / |y|^2
+loss = mean over tokens of |y_hat - y|^2 / variance of y
 
 y is the output of the float blocks on float inputs, y_hat that of the quantized ones on what the quantized network
 gives them. While codes are learned, every activation stays as it is with probability `drop`, drawn anew at each step.
 Learned beside v: weight scales, clips or static scales of the activations, biases, weights and biases of the norms.
 The last steps have fixed codes and adapt the others to them.
+
+Tokens count by 1 / variance, as in `refine`: the next norm divides by it, and a few tokens of ViT-Ti with activations
+of 200 would own the sum. W4A4 after `refine`, 60 steps of 8 of 128 images, two minutes of one core each; points of
+top-1 lost on 650 images, logit error: ViT-Ti 5.2, 1.07 (all tokens alike 9.7, 1.26), DeiT-Ti 2.6, 0.50 (`refine` alone
+4.3, 0.63).
 
 rounding "straight"  h counts rounded, its gradient passes: some hundred steps are enough
 rounding "soft"      h counts as it is, and PULL mean(1 - |2 h - 1|^beta), beta falling from 20 to 2, drives it to its
@@ -163,7 +168,7 @@ class Reconstruction:
     checkpoint              a file written after every group, from which an interrupted call goes on, bit for bit
     """
 
-    iterations: int = 200
+    iterations: int = 60
     batch_size: int = 8
     lr: float = 0.03
     scale_lr: float = 0.003
