@@ -57,7 +57,8 @@ def _codebook_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     block_m, block_n = block_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = block_m.to(tl.int64) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
@@ -100,7 +101,7 @@ def _codebook_linear_kernel(
         w_ptrs += 64 * BITS * CHUNKS
 
     epilogue(
-        acc, offs_m, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, out_scale_ptr,
+        acc, start_m, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, out_scale_ptr,
         y_ptr, stride_rm, out_zero_point, ACTIVATION, X_SCALE_PER_ROW, OUT_SCALE_PER_COLUMN, OUT_BITS,
     )  # fmt: skip
 

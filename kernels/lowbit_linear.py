@@ -45,7 +45,8 @@ def _lowbit_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     block_m, block_n = block_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = block_m.to(tl.int64) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
@@ -91,7 +92,7 @@ def _lowbit_linear_kernel(
     w_sum = tl.load(w_sum_ptr + (offs_n // 16) * (stride_wt // 4) + offs_n % 16, mask=offs_n < N, other=0)
     acc -= (x_zero_point * w_sum)[:, None]
     epilogue(
-        acc.to(tl.float32), offs_m, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr,
+        acc.to(tl.float32), start_m, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr,
         out_scale_ptr, y_ptr, stride_rm, out_zero_point, ACTIVATION, X_SCALE_PER_ROW, OUT_SCALE_PER_COLUMN, OUT_BITS,
     )  # fmt: skip
 
@@ -99,13 +100,12 @@ def _lowbit_linear_kernel(
 def _blocks(M: int, N: int, fp8: bool) -> dict[str, int]:
     """Tile and pipeline: small tiles until there are enough large ones to give every SM of a large GPU one.
 
-    BLOCK_N is a multiple of 64, the rows of a wgmma. Large tiles would spill with the addresses and masks of features
-    that load and store one by one; so would fp8, which has two float32 sums, with more inputs or rows.
+    BLOCK_N is a multiple of 64, the rows of a wgmma. The two float32 sums of fp8 would spill with more rows or inputs.
     """
     BLOCK_K = 64 if fp8 and M > 32 else 128
     if M <= 32:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 4}
-    if N % 16 or triton.cdiv(M, 128) * triton.cdiv(N, 128) < 128:
+    if triton.cdiv(M, 128) * triton.cdiv(N, 128) < 128:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 64 if fp8 else 128, "BLOCK_N": 128, "BLOCK_K": BLOCK_K, "num_warps": 8, "num_stages": 3}
 
