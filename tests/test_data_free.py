@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from test_accuracy import float_model, images, predict
 from torch import Tensor, nn
 
 from pyvit_accel import accelerate, recipes
@@ -126,5 +127,13 @@ def test_calibrates_as_real_images_do():
     pytest.importorskip("sklearn")
     (train, _), (test, _) = digits_data("train"), digits_data("test")
     model = digits_model()
-    for images in (digits(), train[:12]):
-        assert agreement(accelerate(model, recipes.W8A8, [images])[0], model, test) >= 0.99
+    for seen in (digits(), train[:12]):
+        assert agreement(accelerate(model, recipes.W8A8, [seen])[0], model, test) >= 0.99
+
+
+def test_calibrates_deit_as_real_images_do():
+    """W8A8; measured on 650 images: 98.2 % with these, 97.8 % with 16 real ones. 100 images have steps of 1 %."""
+    name = "deit_tiny_patch16_224"
+    model, (pixels, _) = float_model(name), images("imagenet_val_227", 100)
+    new, _ = accelerate(model, recipes.W8A8, [synthesize(model, 4, steps=10)])
+    assert (predict(new, pixels) == predict(model, pixels)).double().mean() >= 0.95
