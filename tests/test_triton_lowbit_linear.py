@@ -191,8 +191,8 @@ def test_uses_int8_mma(w_bits, architecture, tmp_path):
         assert "IGMMA.64x128x32.S8.S8" in code.sass
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("tile, w_bits", [("small", 4), ("middle", 8)])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("tile, w_bits", [("small", 6), ("middle", 8)])
 def test_smaller_tiles_use_int8_mma(tile, w_bits, architecture, tmp_path):
     code = compiled(tile, architecture, tmp_path, w_bits=w_bits, **HEAVY)
     code.assert_sound()
@@ -237,10 +237,9 @@ def test_other_activations_compile(activation, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("parts", ["rb", "rbl+"])
-def test_float_outputs_compile(parts, architecture, tmp_path):
+def test_float_outputs_compile(architecture, tmp_path):
     """GELU needs registers, and a float32 result more of them than codes do."""
-    compiled("large", architecture, tmp_path, w_bits=6, activation="gelu", parts=parts).assert_sound()
+    compiled("large", architecture, tmp_path, w_bits=6, activation="gelu", parts="rb").assert_sound()
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
