@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyvit_accel import accelerate, recipes
 from pyvit_accel.calibrate.checkpoint import digest_of
+from pyvit_accel.calibrate.levels import log_levels, table
 from pyvit_accel.calibrate.plan import BlockPlan, LinearPlan, block_output
 from pyvit_accel.calibrate.reconstruct import Reconstruction, mrecg_groups, reconstruct
 from pyvit_accel.formats import affine
@@ -130,6 +131,16 @@ def test_a_scale_per_channel_stays_in_the_packed_weight(blocks, inputs):
     plan = replace(plan, fc2=replace(plan.fc2, x_minimum=None, x_scale=scale, x_zero_point=-5))
     (decided,) = reconstruct([plan], blocks[:1], inputs, settings=SETTINGS)
     assert torch.equal(decided.fc2.x_scale, scale)
+    assert error([decided], blocks[:1], inputs) < error([plan], blocks[:1], inputs)
+
+
+def test_a_table_of_levels_stays(blocks, inputs):
+    """Unevenly spaced levels behind GELU: the codes around them are learned, gradients pass the table."""
+    plan = plan_of(blocks[0])
+    plan = replace(plan, fc2=replace(plan.fc2, x_table=table(log_levels(16))))
+    (decided,) = reconstruct([plan], blocks[:1], inputs, settings=SETTINGS)
+    assert torch.equal(decided.fc2.x_table, plan.fc2.x_table)
+    assert not torch.equal(decided.fc1.codes, plan.fc1.quantized().codes)
     assert error([decided], blocks[:1], inputs) < error([plan], blocks[:1], inputs)
 
 

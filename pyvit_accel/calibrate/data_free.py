@@ -8,6 +8,9 @@ spread     -log std of the cosines between the patches of an image: objects diff
 likeness   mean square of the cosines between mean patches, less the batch's mean, of different images of a batch
 variation  mean |difference| of neighbouring pixels
 
+DeiT-Ti calibrated on 16 images, points of top-1 lost on 650 at W8A8, W4A8, W4A4: real 0.2, 1.9, 4.0; made in 50 steps
+-0.3, 3.9, 7.2; 4 made in 10 steps 0.0, 6.2, 9.7; white noise -0.2, 7.1, 15.7. W8A8 takes anything.
+
 Every step sees the images shifted and some of them mirrored. Causal-DFQ (Shang et al., arXiv:2309.13682) has published
 no code: this is a reading of it, images in place of its generator. The patch term is that of PSAQ-ViT (Li et al.,
 arXiv:2203.02250) with a normal distribution for its density estimate.
