@@ -81,11 +81,12 @@ class Recipe:
     prepare: Callable[[nn.Module], AbstractContextManager] = nullcontext
 
     def __add__(self, other: Recipe) -> Recipe:
-        """Both: the rules of the first have the first word."""
+        """Both: the rules of the first have the first word. Of their observers, that of the one that needs it."""
+        observers = [r.observe for r in sorted((self, other), key=lambda r: not r.needs_calibration) if r.observe]
         return Recipe(
             f"{self.name} + {other.name}",
             self.rules + other.rules,
-            self.observe or other.observe,
+            observers[0] if observers else None,
             self.needs_calibration or other.needs_calibration,
             self.prepare if self.prepare is not nullcontext else other.prepare,
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from pyvit_accel import adapters, planning
+from pyvit_accel import adapters, calibrate, planning
 from pyvit_accel.adapters import ATTENTIONS, BLOCKS, MLPS, PATCH_EMBEDS, Adapter
 from pyvit_accel.convert import Layer, Recipe, Replacement, Rule
 from pyvit_accel.formats.codebook import Codebook
@@ -31,6 +31,7 @@ from pyvit_accel.modules.quant_linear import PackedWeight
 from pyvit_accel.planning import Calibration, Reconstruction
 
 CLASSIFIERS = ("head", "head.*", "heads.*", "head_dist", "classifier", "*.classifier", "cls_classifier", "fc")
+CODEBOOK_ROWS = 2048  # of inputs that roundings are chosen on
 LINEAR = frozenset({"torch.nn.modules.linear.Linear"})
 TABLES = {"BLOCKS": BLOCKS, "ATTENTIONS": ATTENTIONS, "MLPS": MLPS, "PATCH_EMBEDS": PATCH_EMBEDS}
 
@@ -131,9 +132,19 @@ def weight_only(w_bits: int, group_size: int = 0) -> Recipe:
 
 
 def codebook(name: str, w_format: Codebook, x_format: Codebook | None) -> Recipe:
-    """Weights and activations of any levels, in every nn.Linear; a scale per output feature and one per token."""
-    make = partial(_plain, lambda linear, observed: CodebookLinear.from_linear(linear, w_format, x_format))
-    return Recipe(name, (Rule("*", LINEAR, make, exact=True),))
+    """Weights and activations of any levels, in every nn.Linear; a scale per output feature and one per token.
+
+    Calibration batches are not needed; where there are some, rounding and biases make up for errors on them.
+    """
+
+    def make(linear: nn.Linear, found: Calibration | None) -> CodebookLinear:
+        seen = found.observed.input(linear) if found is not None and linear in found.observed else None
+        return CodebookLinear.from_linear(linear, w_format, x_format, seen=seen)
+
+    def observe(model: nn.Module, batches: Any) -> Calibration:
+        return Calibration(calibrate.observe(model, batches, rows=CODEBOOK_ROWS), Scheme(), {})
+
+    return Recipe(name, (Rule("*", LINEAR, partial(_plain, make), exact=True),), observe)
 
 
 W8A8, W6A6, W4A8, W4A4, W3A3 = integer(8, 8), integer(6, 6), integer(4, 8), integer(4, 4), integer(3, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from _problems import U32
 from _vits import pixels, relative_error, spread, vit
 from torch import nn
 
-from pyvit_accel import Unsupported, accelerate, load, recipes, save
+from pyvit_accel import Recipe, Unsupported, accelerate, load, recipes, save
+from pyvit_accel.calibrate import Activation
 from pyvit_accel.formats import affine, fp8, log, multiquant, pow2, subset, tan, twin
 from pyvit_accel.formats.codebook import WEIGHT_CLIPS
 from pyvit_accel.modules import CodebookLinear
@@ -130,6 +132,37 @@ def test_weight_scale_is_the_best_of_its_clips():
         assert all((error(scale) <= 1.0001 * error(full * clip)).all() for clip in WEIGHT_CLIPS if book.bits < 8)
         assert book.bits == 8 or error(scale).sum() < 0.97 * error(full).sum()
         assert book.bits < 8 or torch.equal(scale, full)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["pow2 x int8", "multiquant x int8", "fp8"])
+def test_roundings_and_bias_make_up_for_errors(name, bias):
+    """On inputs that go together, as those of a layer do: less error, and none in the mean but that of x itself."""
+    linear = spread(nn.Linear(60, 37, bias=bias))
+    x = torch.randn(400, 12) @ torch.randn(12, 60) + torch.randn(60) + 0.1 * torch.randn(400, 60)
+    w_format, _, _ = FORMATS[name]
+    plain = CodebookLinear.from_linear(linear, w_format, None)
+    fitted = CodebookLinear.from_linear(linear, w_format, None, seen=Activation.of(x))
+    error, before = ((new(x) - linear(x)).double() for new in (fitted, plain))
+    assert error.square().sum() < 0.5 * before.square().sum()
+    assert error.mean(0).abs().max() < 1e-4 < before.mean(0).abs().max()
+    codes = fitted.codes().int() + 2 ** (w_format.bits - 1)
+    assert torch.isin(codes, w_format.codes.int()).all() and not torch.equal(fitted.codes(), plain.codes())
+
+
+@torch.inference_mode()
+def test_recipes_take_calibration_and_leave_others_theirs():
+    model, images = vit(), pixels(8)
+    truth = model(images)
+    fitted, plain = (accelerate(model, recipes.POW2, given)[0] for given in ([images], None))
+    assert relative_error(fitted(images), truth) < 0.8 * relative_error(plain(images), truth)
+    heads = Recipe("POW2 head", (replace(recipes.POW2.rules[0], match="head"),), recipes.POW2.observe)
+    for both in (heads + recipes.W4A4, recipes.W4A4 + heads):
+        assert both.observe is recipes.W4A4.observe and both.needs_calibration
+    _, report = accelerate(model, heads + recipes.W4A4, [images])
+    became = {entry.name: entry.became for entry in report.replaced}
+    assert became["head"] == "CodebookLinear" and became["blocks.0"] == "QuantBlock"
 
 
 @torch.inference_mode()

@@ -35,6 +35,35 @@ def test_error_bound_holds_and_is_reached(zero_point):
     assert error[inside].max() > 0.49 * scale and (error[~inside] > 0.9 * (bound[~inside] - scale)).all()
 
 
+GRANULARITIES = {  # of x (4, 3, 20, 16): the shape of scale and zero point
+    "tensor": (1,),
+    "channel": (16,),
+    "head": (3, 1, 1),
+    "token": (4, 1, 20, 1),
+    "group": (4, 3, 20, 2, 1),  # of x (4, 3, 20, 2, 8)
+}
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_granularity_is_within_its_bound(granularity, symmetric, bits):
+    """And reaches it: half a step in range, the rest of the way to the end of the range beyond."""
+    shape = GRANULARITIES[granularity]
+    x = torch.randn(4, 3, 20, 2, 8) * 3 if granularity == "group" else torch.randn(4, 3, 20, 16) * 3
+    scale = (torch.rand(shape) + 0.5) * 8 / 2**bits
+    zero_point = 0 if symmetric else torch.randint(-2, 3, shape)
+    codes = affine.quantize(x, scale, zero_point, bits)
+    lo, hi = affine.q_range(bits)
+    assert codes.min() >= lo and codes.max() <= hi and codes.dtype == torch.int8
+    error = (affine.dequantize(codes, scale, zero_point) - x).abs()
+    bound = affine.error_bound(x, scale, zero_point, bits)
+    assert (error <= bound).all()
+    kept = (codes > lo) & (codes < hi)
+    assert (error / bound)[kept].max() > 0.9 and (~kept).any()
+    assert ((bound - error)[~kept] <= scale.expand(x.shape)[~kept] * 1.001).all()
+
+
 def test_zero_point_shifts_codes():
     x, scale = torch.randn(1000), torch.tensor([0.5])
     assert torch.equal(affine.quantize(x, scale, 9), affine.quantize(x, scale) + 9)

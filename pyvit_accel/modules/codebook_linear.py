@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pyvit_accel import ops
+from pyvit_accel.calibrate import Activation
+from pyvit_accel.calibrate.rounding import compensated
 from pyvit_accel.formats import affine, operands, packed
 from pyvit_accel.formats.codebook import Codebook
 from pyvit_accel.formats.fp8 import fp8
@@ -119,11 +121,13 @@ class CodebookLinear(PackedWeight):
         x_format: Codebook | None = E4M3,
         w_scale: Tensor | None = None,
         x_scale: Tensor | None = None,
+        seen: Activation | None = None,
     ) -> CodebookLinear:
         """w_format, x_format  their own scales count for nothing; x_format None: x stays float
 
         w_scale  (N,)          None: per output feature, the one with the least squared error
         x_scale  (1,)          None: one per token, found at run time
+        seen                   inputs of the layer: rounding then makes up for itself on them, and the bias for the rest
 
         Raises Unsupported for NaN or infinite weights, ValueError for formats that no matmul takes.
         """
@@ -138,6 +142,11 @@ class CodebookLinear(PackedWeight):
         weight, bias = linear.weight.detach().float().cpu(), None if linear.bias is None else linear.bias.detach().cpu()
         w = w.with_scale(w.weight_scale(weight) if w_scale is None else w_scale.float(), axis=0)
         codes = w.quantize(weight)
+        if seen is not None:
+            inputs, mean = seen.sample.cpu(), seen.mean.cpu()
+            codes = w.quantize(compensated(weight, inputs.T @ inputs, lambda column: w.dequantize(w.quantize(column))))
+            correction = (weight - w.dequantize(codes)) @ mean
+            bias = correction if bias is None else bias + correction
         encoder, inputs = _encoder(x), {"operand": w.operand_dtype}
         if x is not None:
             ends = x.levels[[0, -1]] * x.unit
