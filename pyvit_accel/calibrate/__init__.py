@@ -11,6 +11,7 @@ It sees modules and batches, never kernels. The same batches and seeds give the 
 
 scales     min-max, percentile and MSE observers, RepQ-ViT's percentile search; 2 to 8 bits
 fold       the general fold; repq, sqb: the folds of RepQ-ViT, LRP-QViT and MPTQ-ViT
+refine     what a block gains from one pass: levels, clips, rounding (GPTQ), biases; heads: rotations inside heads
 adalog     AdaLog's search for scales, zero points and bases; sulq, twin, optm: other formats of softmax and GELU
 relevance  what a layer contributes; allocate: bits per layer under a budget
 reconstruct  rounding and scales learned block by block; data_free: calibration images made from the model alone
