@@ -45,7 +45,8 @@ def _adapted(table: str, make: Callable[..., nn.Module], module: nn.Module, obse
     return Replacement(adapter.wrap(new, original), adapter.path, spec, _layers(new))
 
 
-def _plain(make: Callable[..., nn.Module], module: nn.Module, observed: Any) -> Replacement:
+def plain(make: Callable[..., nn.Module], module: nn.Module, observed: Any) -> Replacement:
+    """make(module, observed) in place of a module that is called as ours are."""
     new = make(module, observed)
     spec = {"class": type(new).__name__, "config": new.config(), "adapter": None}
     return Replacement(new, spec=spec, layers=_layers(new))
@@ -94,7 +95,7 @@ def _integer(
         _rule("ATTENTIONS", built(build.quant_attention)),
         _rule("MLPS", built(build.quant_mlp)),
         _rule("PATCH_EMBEDS", lambda parts, found: QuantPatchEmbed.from_parts(parts)),
-        Rule("*", LINEAR, partial(_plain, built(build.quant_linear)), exact=True),
+        Rule("*", LINEAR, partial(plain, built(build.quant_linear)), exact=True),
     )
     observe = partial(planning.calibrated, scheme, search, reconstruction)
     return Recipe(name, rules, observe, needs_calibration, adapters.unpack_attention)
@@ -127,7 +128,7 @@ def integer(
 
 def weight_only(w_bits: int, group_size: int = 0) -> Recipe:
     """Integer weights and float activations, in every nn.Linear; groups of inputs with a scale each, or 0 for none."""
-    make = partial(_plain, lambda linear, observed: WeightOnlyLinear.from_linear(linear, w_bits, group_size))
+    make = partial(plain, lambda linear, observed: WeightOnlyLinear.from_linear(linear, w_bits, group_size))
     return Recipe(f"W{w_bits}A16", (Rule("*", LINEAR, make, exact=True),))
 
 
@@ -144,7 +145,7 @@ def codebook(name: str, w_format: Codebook, x_format: Codebook | None) -> Recipe
     def observe(model: nn.Module, batches: Any) -> Calibration:
         return Calibration(calibrate.observe(model, batches, rows=CODEBOOK_ROWS), Scheme(), {})
 
-    return Recipe(name, (Rule("*", LINEAR, partial(_plain, make), exact=True),), observe)
+    return Recipe(name, (Rule("*", LINEAR, partial(plain, make), exact=True),), observe)
 
 
 W8A8, W6A6, W4A8, W4A4, W3A3 = integer(8, 8), integer(6, 6), integer(4, 8), integer(4, 4), integer(3, 3)

@@ -35,6 +35,7 @@ LAYERS = {
     "sparsity": ({"formats", "errors"}, {"torch"}),
     "planning": ({"adapters", "calibrate", "errors", "modules"}, {"torch", "tqdm"}),
     "recipes": (BELOW_RECIPES | {"convert", "planning", "tokens", "sparsity"}, {"torch"}),
+    "imported": (BELOW_RECIPES | {"convert", "recipes"}, {"torch"}),
     "mixed_precision": (BELOW_RECIPES | {"convert", "planning", "recipes"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),
 }
