@@ -204,15 +204,18 @@ class Codebook:
 
         1 stands for the scale with which the largest weight of a row is the outermost level of its sign.
         """
-        low, high = (self.levels[[0, -1]] * self.unit).tolist()
+        values = (self.levels * self.unit).float()
+        low, high = values[[0, -1]].tolist()
         w = w.detach().float()
         full = w.amax(dim=1) / high if high > 0 else w.new_zeros(len(w))
         full = torch.maximum(full, w.amin(dim=1) / low if low < 0 else full).clamp_min(affine.MIN_SCALE)
         best, least = full, torch.full_like(full, torch.inf)
         for clip in (1.0,) if self.bits == 8 else WEIGHT_CLIPS:
-            book = self.with_scale(full * clip, axis=0)
-            error = (book.dequantize(book.quantize(w)) - w).square().sum(dim=1)
-            best, least = torch.where(error < least, book.scale, best), torch.minimum(error, least)
+            scale = full * clip
+            rank = torch.bucketize((w - self.offset) * (1.0 / scale[:, None]), self.thresholds, out_int32=True, right=True)
+            found = values.index_select(0, rank.flatten()).view_as(w) * scale[:, None] + self.offset
+            error = (found - w).square().sum(dim=1)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
         return best
 
     def fold_offset(self, w: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -63,6 +63,16 @@ def _common_operand(w: Codebook, x: Codebook | None) -> tuple[Codebook, Codebook
     return w.with_operand(operand), None if x is None else x.with_operand(operand)
 
 
+def _compensated_codes(weight: Tensor, w: Codebook, inputs: Tensor) -> Tensor:
+    """Codes (N, K) of a weight for inputs (rows, K), each rounding made good by the next."""
+    levels, inverse = (w.levels * w.unit).float(), 1.0 / w.scale
+
+    def nearest(column: Tensor) -> Tensor:
+        return levels[torch.bucketize(column * inverse, w.thresholds, right=True)]
+
+    return w.quantize(compensated(weight, inputs.T @ inputs, nearest, w.scale) * w.scale[:, None])
+
+
 class CodebookLinear(PackedWeight):
     """Drop-in for nn.Linear: codes of x looked up, times levels of the weight, scaled back.
 
@@ -143,9 +153,8 @@ class CodebookLinear(PackedWeight):
         w = w.with_scale(w.weight_scale(weight) if w_scale is None else w_scale.float(), axis=0)
         codes = w.quantize(weight)
         if seen is not None:
-            inputs, mean = seen.sample.cpu(), seen.mean.cpu()
-            codes = w.quantize(compensated(weight, inputs.T @ inputs, lambda column: w.dequantize(w.quantize(column))))
-            correction = (weight - w.dequantize(codes)) @ mean
+            codes = _compensated_codes(weight, w, seen.sample.cpu())
+            correction = (weight - w.dequantize(codes)) @ seen.mean.cpu()
             bias = correction if bias is None else bias + correction
         encoder, inputs = _encoder(x), {"operand": w.operand_dtype}
         if x is not None:
