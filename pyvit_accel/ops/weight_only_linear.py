@@ -23,7 +23,7 @@ def weight_only_linear(
 ) -> Tensor:
     """x @ w.T + bias, w ~ (q - w_zero_point) * w_scale.
 
-    x             (..., K)       float; computed in float32, returned in its dtype
+    x             (..., K)       float; sums are float32. float16 and bfloat16 are multiplied as they are on a GPU
     w_packed      packed         uint8, formats/packed.py; holds (N, K) codes of 2, 3, 4, 5, 6 or 8 bits
     w_scale       (N,) | (N, G)  float32, one per output feature, or per group of K / G of its inputs
     bias          (N,) | None    float32
@@ -52,5 +52,8 @@ def weight_only_linear(
     check_vector("weight_only_linear", "bias", bias, N)
     if not x.is_floating_point():
         raise TypeError(f"weight_only_linear: x must be float, got {x.dtype}; integer codes go to lowbit_linear")
-    y = _op(x.reshape(-1, K).float(), w_packed, w_scale, w_zero_point, bias)
+    rows = x.reshape(-1, K)
+    if not (x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)):
+        rows = rows.float()
+    y = _op(rows, w_packed, w_scale, w_zero_point, bias)
     return y.reshape(*x.shape[:-1], N).to(x.dtype)
