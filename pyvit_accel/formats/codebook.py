@@ -212,7 +212,8 @@ class Codebook:
         best, least = full, torch.full_like(full, torch.inf)
         for clip in (1.0,) if self.bits == 8 else WEIGHT_CLIPS:
             scale = full * clip
-            rank = torch.bucketize((w - self.offset) * (1.0 / scale[:, None]), self.thresholds, out_int32=True, right=True)
+            u = (w - self.offset) * (1.0 / scale[:, None])
+            rank = torch.bucketize(u, self.thresholds, out_int32=True, right=True)
             found = values.index_select(0, rank.flatten()).view_as(w) * scale[:, None] + self.offset
             error = (found - w).square().sum(dim=1)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
