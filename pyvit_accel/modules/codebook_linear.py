@@ -16,6 +16,7 @@ from .gradient import refuse_gradient
 from .quant_linear import PackedWeight, check_weight
 
 E4M3 = fp8("e4m3")
+DAMPING = 0.3  # beyond that of compensated: uneven levels err most on the weights that answers make large
 ENCODERS = ("float", "e4m3", "e5m2", "integer", "thresholds")
 
 
@@ -70,7 +71,9 @@ def _compensated_codes(weight: Tensor, w: Codebook, inputs: Tensor) -> Tensor:
     def nearest(column: Tensor) -> Tensor:
         return levels[torch.bucketize(column * inverse, w.thresholds, right=True)]
 
-    return w.quantize(compensated(weight, inputs.T @ inputs, nearest, w.scale) * w.scale[:, None])
+    gram = inputs.T @ inputs
+    gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
+    return w.quantize(compensated(weight, gram, nearest, w.scale) * w.scale[:, None])
 
 
 class CodebookLinear(PackedWeight):
