@@ -25,15 +25,49 @@ CALIBRATION, BATCH = 32, 50
 
 @dataclass(frozen=True)
 class Bar:
-    """What a model may lose, points of top-1, and how much of fp32 it must predict the same, percent."""
+    """What a model may lose, points of top-1, and how much of fp32 it must predict the same, percent.
+
+    images: of the first so many. The recipes whose matmul is the reference's take half a minute for 200.
+    """
 
     loss: float
     agreement: float
+    images: int = 650
 
 
-# 650 images are steps of 0.15. Measured (loss, agreement): DeiT-Ti W8A8 0.00, 98.3; W8A8_DYNAMIC -0.15, 98.6.
-# ViT-Ti W8A8 -0.31, 99.2; W8A8_DYNAMIC -0.77, 98.6. Minus: better than fp32.
-BARS = {"deit_tiny_patch16_224": Bar(0.5, 98.0), "vit_tiny_patch16_224": Bar(0.8, 96.0)}
+# 650 images are steps of 0.15, and two calibrations differ by one point at 4 bits. Measured on all 650, one thread:
+#                     W8A8   W6A6   W4A8   W4A4   W3A3  W8A16  W4A16    FP8   POW2
+# DeiT-Ti  loss       0.15   0.15   2.15   3.69   36.3   0.00   1.08  -0.46   4.62
+#          agreement  99.1   97.7   90.0   87.2   47.1   99.1   92.8   96.5   83.7
+# ViT-Ti   loss       0.31   1.08   3.23   7.54   60.0   0.62   3.08   0.77  12.46
+#          agreement  99.1   96.5   89.1   82.9   24.2   99.1   92.8   97.1   76.8
+# Minus: better than fp32.
+BARS = {
+    "deit_tiny_patch16_224": {
+        "W8A8": Bar(0.5, 98.0),
+        "W8A8_DYNAMIC": Bar(0.5, 98.0),
+        "W6A6": Bar(1.0, 95.0),
+        "W4A8": Bar(2.5, 87.0),
+        "W4A4": Bar(7.5, 83.0),
+        "W3A3": Bar(45, 38.0),
+        "W8A16": Bar(0.5, 98.0),
+        "W4A16": Bar(2.5, 90.0),
+        "FP8": Bar(2.0, 94.0, images=200),
+        "POW2": Bar(9.0, 77.0, images=200),
+    },
+    "vit_tiny_patch16_224": {
+        "W8A8": Bar(0.8, 96.0),
+        "W8A8_DYNAMIC": Bar(0.8, 96.0),
+        "W6A6": Bar(2.0, 94.0),
+        "W4A8": Bar(5.0, 86.0),
+        "W4A4": Bar(25, 78.0),
+        "W3A3": Bar(70, 15.0),
+        "W8A16": Bar(0.8, 96.0),
+        "W4A16": Bar(5.0, 90.0),
+        "FP8": Bar(2.5, 94.0, images=200),
+        "POW2": Bar(18, 70.0, images=200),
+    },
+}
 
 
 def data() -> Path:
@@ -82,15 +116,16 @@ def test_fp32(name):
 @pytest.mark.parametrize("name", BARS)
 def test_imagenet(name, recipe):
     data()
-    calibration, _ = images("imagenet_train_256", CALIBRATION)
-    pixels, labels = images("imagenet_val_227", 650)
+    bar, (calibration, _) = BARS[name][recipe.name], images("imagenet_train_256", CALIBRATION)
+    pixels, labels = (t[: bar.images] for t in images("imagenet_val_227", 650))
     model, report = accelerate(float_model(name), recipe, [calibration])
-    assert len(report.replaced) == (49 if recipe.name.endswith("A16") else 14)
-    predictions, truth = predict(model, pixels), float_predictions(name)
+    integers = recipe.name.startswith("W") and not recipe.name.endswith("A16")
+    assert len(report.replaced) == (14 if integers else 49)
+    predictions, truth = predict(model, pixels), float_predictions(name)[: bar.images]
     loss = 100 * ((truth == labels).double().mean() - (predictions == labels).double().mean()).item()
     agreement = 100 * (predictions == truth).double().mean().item()
-    assert loss <= BARS[name].loss
-    assert agreement >= BARS[name].agreement
+    assert loss <= bar.loss
+    assert agreement >= bar.agreement
 
 
 @every_recipe
@@ -99,5 +134,6 @@ def test_digits(recipe):
     model, (pixels, labels) = digits_model(), digits_data("test")
     new, _ = accelerate(model, recipe, [digits_data("train")[0][:CALIBRATION]])
     predictions, truth = predict(new, pixels), predict(model, pixels)
-    assert (predictions == truth).double().mean() >= 0.99
-    assert (predictions == labels).double().mean() >= (truth == labels).double().mean() - 0.005
+    agreement, loss = (0.96, 0.015) if recipe.name == "W3A3" else (0.985, 0.0075)  # of 599: one is 0.0017
+    assert (predictions == truth).double().mean() >= agreement
+    assert (predictions == labels).double().mean() >= (truth == labels).double().mean() - loss
