@@ -1,16 +1,19 @@
 """A model that a paper's own code calibrated, on low-bit kernels: its codes, its scales, its folded norms.
 
     record = importers.adalog(state_dict, w_bits=4, a_bits=4)
-    fast, report = accelerate(float_model, imported(record))        float_model: the same names, any weights
+    fast, report = accelerate(float_model, imported(record))
 
-Every nn.Linear that the record quantizes multiplies the published integer codes: uniform inputs in lowbit_linear,
-inputs with the codes of a codebook (GELU outputs of AdaLog and PTQ4ViT) in codebook_linear, inputs that are not
-quantized in weight_only_linear. Norms take the record's weights, convolutions the values of its codes, as floats. No
+float_model has the names and shapes of the record, and gives what is quantized nowhere: tokens, position embedding,
+layer scales. Every nn.Linear that the record quantizes multiplies the published integer codes: uniform inputs in
+lowbit_linear, inputs with the codes of a codebook (GELU outputs of AdaLog and PTQ4ViT) in codebook_linear, whose
+float16 operands hold AdaLog's levels and round twin ones by 2^-11 at most, inputs that are not quantized in
+weight_only_linear. Norms take the record's weights, convolutions the values of its codes, as floats. No
 integer kernel here takes the published codes of softmax outputs, so the two matmuls of attention are a choice:
 
     "float"      q, k, v and the probabilities are not quantized; the report names the formats that are left out
     "published"  their published codes, multiplied in float32 (CodedAttention)
-    "int8"       whole blocks on the fused kernel: 8 bits for q, k, v and the probabilities, whatever was published
+    "int8"       8 bits for q, k, v and the probabilities, whatever was published: the integer kernel, and whole blocks
+                 fused where no input has codes of a codebook
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from pyvit_accel.convert import Recipe, Replacement, Rule
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import packed
 from pyvit_accel.formats.twin import uniform
-from pyvit_accel.modules import CodebookLinear, QuantLinear, WeightOnlyLinear
+from pyvit_accel.modules import CodebookLinear, QuantAttention, QuantLinear, WeightOnlyLinear
 from pyvit_accel.modules.build import pack_block
 from pyvit_accel.modules.coded_attention import CodedAttention
 from pyvit_accel.modules.parts import AttentionParts, BlockParts
@@ -118,15 +121,16 @@ def _float(t: Tensor | None) -> Tensor | None:
 
 def _attention(record: ImportedModel, name: str, choice: str, parts: AttentionParts) -> nn.Module:
     block = _found_block(record, name, parts)
-    if choice != "published":
+    if choice == "float":
         raise Unsupported(f"its matmuls are float: {'; '.join(block.limits())}")
+    linears = QuantLinear.from_plan(block.qkv.plan()), QuantLinear.from_plan(block.proj.plan())
+    if choice == "int8":
+        return QuantAttention(*linears, parts.num_heads, parts.scale)
     softmax = block.softmax
     if isinstance(softmax, Uniform):
         softmax = uniform(softmax.bits, softmax.scale, int(softmax.zero_point) + 2 ** (softmax.bits - 1))
-    return CodedAttention.from_formats(
-        QuantLinear.from_plan(block.qkv.plan()), QuantLinear.from_plan(block.proj.plan()), parts.num_heads, parts.scale,
-        [(t.scale, t.zero_point, t.bits) for t in (block.q, block.k, block.v)], softmax,
-    )  # fmt: skip
+    heads = [(t.scale, t.zero_point, t.bits) for t in (block.q, block.k, block.v)]
+    return CodedAttention.from_formats(*linears, parts.num_heads, parts.scale, heads, softmax)
 
 
 def _convolution(found: ImportedLinear) -> str:

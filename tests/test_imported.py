@@ -9,6 +9,7 @@ import pytest
 import torch
 from _problems import U32
 from _published import BLOCK, CLASSES, HEADS, HIDDEN, PATCH, C
+from _torchvision_stub import import_timm
 from _vits import relative_error, vit
 from test_importers import SOURCES, published_input, published_weight
 from torch import nn
@@ -18,7 +19,7 @@ from pyvit_accel.calibrate import importers
 from pyvit_accel.calibrate.importers import Uniform
 from pyvit_accel.imported import imported
 from pyvit_accel.models.vit import VisionTransformer
-from pyvit_accel.modules import CodebookLinear, QuantBlock, QuantLinear, WeightOnlyLinear
+from pyvit_accel.modules import CodebookLinear, QuantAttention, QuantBlock, QuantLinear, WeightOnlyLinear
 from pyvit_accel.modules.coded_attention import CodedAttention
 
 LINEARS = tuple(name for name in published.LINEARS if name != "patch_embed.proj")
@@ -229,10 +230,31 @@ def test_whole_blocks_with_attention_in_8_bits():
     assert torch.equal(block.mlp.fc2.codes(), found.codes) and torch.equal(block.mlp.fc2.x_scale, found.x.scale)
     assert torch.equal(block.norm1.weight, record.norms[f"{BLOCK}.norm1"][0])
     assert relative_error(fast(images()), simulated("repq_vit", source)(images().double())) < 0.02
-    _, record = calibrated("ptq4vit")
-    _, report = accelerate(float_vit(), imported(record, "int8"))
+
+
+@torch.inference_mode()
+def test_blocks_that_are_not_fused_have_attention_in_8_bits():
+    source, record = calibrated("ptq4vit")
+    fast, report = accelerate(float_vit(), imported(record, "int8"))
     reasons = {entry.name: entry.reason for entry in report.kept}
     assert reasons[BLOCK].startswith(f"{BLOCK}.mlp.fc2: its input has codes of a codebook")
+    block = fast.blocks[0]
+    assert isinstance(block.attn, QuantAttention) and isinstance(block.mlp.fc2, CodebookLinear)
+    assert relative_error(fast(images()), simulated("ptq4vit", source)(images().double())) < 0.02
+
+
+@torch.inference_mode()
+def test_timm_takes_published_attention():
+    timm = import_timm()
+    model = timm.create_model(
+        "deit_tiny_patch16_224", img_size=16, patch_size=PATCH, num_classes=CLASSES, embed_dim=C, depth=1,
+        num_heads=HEADS, mlp_ratio=HIDDEN / C,
+    ).eval()  # fmt: skip
+    ours = float_vit()
+    ours.load_state_dict(model.state_dict())
+    _, record = calibrated("adalog")
+    theirs, ours = (accelerate(m, imported(record, "published"))[0] for m in (model, ours))
+    assert torch.equal(theirs(images()), ours(images()))
 
 
 def test_attention_has_three_forms():
@@ -249,6 +271,16 @@ def test_codes_are_those_of_the_record():
         assert torch.equal(new.codes(), found.codes)
         assert torch.allclose(new.dequantized_weight(), found.codes * found.w_scale[:, None], rtol=1e-6)
     assert fast.blocks[0].mlp.fc2.x_offset == pytest.approx(-published.SHIFT)
+
+
+@pytest.mark.parametrize(("method", "bound"), [("adalog", 0.0), ("ptq4vit", 2.0**-11)])
+def test_levels_as_operands(method, bound):
+    _, record = calibrated(method)
+    book = record.linears[f"{BLOCK}.mlp.fc2"].x
+    new = accelerate(float_vit(), imported(record))[0].blocks[0].mlp.fc2
+    levels, held = book.levels * book.unit, new.x_lut[book.codes.long()].double() * new.x_unit
+    assert ((held - levels).abs() <= bound * levels.abs() + 2 * U32 * levels.abs()).all()
+    assert (held.unique().numel(), new.operand) == (levels.unique().numel(), "fp16")
 
 
 @torch.inference_mode()

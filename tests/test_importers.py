@@ -89,6 +89,22 @@ def test_weights_are_the_papers(method):
 
 
 @each_source
+def test_weights_at_ties_are_divided(method):
+    """A product with 1 / scale rounds some ties to the other side, and the papers' code divides."""
+    build, read = SOURCES[method]
+    model = build()
+    layer = model.head
+    found = read(model).linears["head"]
+    scale, reach = found.w_scale[:, None], 2 ** (found.published_bits - 1)
+    ties = (torch.randint(-reach, reach, layer.weight.shape) + 0.5) * scale
+    assert ((ties / scale).round() != (ties * (1 / scale)).round()).any()
+    layer.weight.data = ties
+    linear = read(model).linears["head"]
+    truth, _ = published_weight(method, model, "head")
+    assert torch.equal(linear.codes.double() * scale.double(), truth)
+
+
+@each_source
 def test_linears_are_the_papers(impl, method):
     model, imported = load(method)
     for name in LINEARS:
