@@ -34,7 +34,6 @@ from pyvit_accel.formats import packed
 from pyvit_accel.formats.twin import uniform
 from pyvit_accel.modules import CodebookLinear, QuantAttention, QuantLinear, WeightOnlyLinear
 from pyvit_accel.modules.build import pack_block
-from pyvit_accel.modules.coded_attention import CodedAttention
 from pyvit_accel.modules.parts import AttentionParts, BlockParts
 from pyvit_accel.recipes import LINEAR, plain
 

@@ -20,7 +20,6 @@ from pyvit_accel.calibrate.importers import Uniform
 from pyvit_accel.imported import imported
 from pyvit_accel.models.vit import VisionTransformer
 from pyvit_accel.modules import CodebookLinear, QuantAttention, QuantBlock, QuantLinear, WeightOnlyLinear
-from pyvit_accel.modules.coded_attention import CodedAttention
 
 LINEARS = tuple(name for name in published.LINEARS if name != "patch_embed.proj")
 
@@ -202,13 +201,13 @@ def test_report_says_what_is_run(method, tmp_path):
 
 
 @torch.inference_mode()
-def test_published_attention_is_made_again_from_its_config():
+def test_published_attention_is_saved_and_takes_masks(tmp_path):
     _, record = calibrated("adalog")
     fast, report = accelerate(float_vit(), imported(record, "published"))
     attention = fast.blocks[0].attn
     assert report.recipe == "imported, attention published" and "softmax=adalog 3" in repr(attention)
-    again = CodedAttention.from_config(attention.config())
-    again.load_state_dict(attention.state_dict())
+    save(fast, tmp_path / "imported.safetensors")
+    again = load(tmp_path / "imported.safetensors").blocks[0].attn
     x, mask = torch.randn(2, 17, C), torch.rand(17, 17) > 0.3
     assert torch.equal(again(x), attention(x))
     bias = torch.zeros(17, 17).masked_fill(~mask, -torch.inf)

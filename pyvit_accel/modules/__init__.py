@@ -1,6 +1,7 @@
 """Drop-in torch.nn modules over the ops."""
 
 from .codebook_linear import CodebookLinear
+from .coded_attention import CodedAttention
 from .quant_attention import QuantAttention
 from .quant_block import QuantBlock
 from .quant_linear import QuantLinear
@@ -10,6 +11,7 @@ from .weight_only_linear import WeightOnlyLinear
 
 __all__ = [
     "CodebookLinear",
+    "CodedAttention",
     "QuantAttention",
     "QuantBlock",
     "QuantLinear",
