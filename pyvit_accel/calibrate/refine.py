@@ -1,7 +1,7 @@
 """One pass over a block on calibration inputs: levels, rounding, biases, each on what the quantized layers before give.
 
 For each Linear, in the order data flows:
-  x_clip   of the inputs of proj and fc1, below 8 bits (levels.py); that of qkv gains nothing
+  x_clip   of the inputs of proj and fc1, below 8 bits (levels.py); one of qkv too helps ViT-Ti, not DeiT-Ti
   x_table  of inputs that have a minimum, below 8 bits (levels.py)
   codes    rounded with compensation (rounding.py), for the inputs as they are once quantized
   bias     such that the mean output on the calibration data stays
