@@ -32,7 +32,7 @@ from pyvit_accel.convert import Recipe, Replacement, Rule
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import packed
 from pyvit_accel.formats.twin import uniform
-from pyvit_accel.modules import CodebookLinear, QuantAttention, QuantLinear, WeightOnlyLinear
+from pyvit_accel.modules import CodebookLinear, CodedAttention, QuantAttention, QuantLinear, WeightOnlyLinear
 from pyvit_accel.modules.build import pack_block
 from pyvit_accel.modules.parts import AttentionParts, BlockParts
 from pyvit_accel.recipes import LINEAR, plain

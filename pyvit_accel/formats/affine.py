@@ -77,7 +77,7 @@ def weight_scale(w: Tensor, bits: int = 8, weight: Tensor | None = None) -> Tens
         return full
     full = scale_of(w.abs().amax(dim=1) * 2, hi - lo)  # max |w| lies between the last two codes of the longer side
     best, least = full, torch.full_like(full, torch.inf)
-    for clip in (1.0 + 1.0 / (hi - lo), *CLIPS):
+    for clip in ((hi - lo) / (2 * hi), *CLIPS):  # the first: max |w| is the last code of the shorter side
         scale = full * clip
         error = (dequantize(quantize(w, scale[:, None], bits=bits), scale[:, None]) - w).square()
         error = (error if weight is None else error * weight).sum(dim=1)
