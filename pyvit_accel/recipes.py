@@ -2,7 +2,8 @@
 
     W8A8           int8 weights and activations, folds and scales from calibration batches; the fastest
     W8A8_DYNAMIC   int8 weights and activations, one scale per token found at run time; needs no data
-    W8A16          int8 weights, float activations: a quarter of the memory at float speed
+    W6A6 .. W3A3   fewer bits of both; levels, rounding and biases searched block by block on calibration batches
+    W8A16, W4A16   packed weights, float activations: for memory, at float speed
     FP8            e4m3 weights and activations, a scale per output feature and per token; for GPUs with fp8 units
     POW2           weights are 0 or +-2^0 .. 2^-6 of a scale, 4 bits; int8 activations; published ones are retrained
 
@@ -116,7 +117,8 @@ def integer(
     """Integer weights of w_bits (2, 3, 4, 5, 6, 8) and activations of x_bits (3 to 8).
 
     head_bits to bias_correction  as in modules.build.Scheme; the classifier keeps 8 bits unless `layers` names it
-    search          whether codes, clips and biases are searched, block by block (calibrate.refine); None: below 8 bits
+    search          whether codes, clips and biases are searched, block by block (calibrate.refine); None: below 8 bits.
+                    The biases of blocks that are searched are corrected in any case
     reconstruction  also learn the rounding, as calibrate.reconstruct does: minutes for a small model
     """
     choices = (*layers, *((name, 8, 8) for name in CLASSIFIERS))
