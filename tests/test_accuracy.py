@@ -134,6 +134,7 @@ def test_digits(recipe):
     model, (pixels, labels) = digits_model(), digits_data("test")
     new, _ = accelerate(model, recipe, [digits_data("train")[0][:CALIBRATION]])
     predictions, truth = predict(new, pixels), predict(model, pixels)
-    agreement, loss = (0.96, 0.015) if recipe.name == "W3A3" else (0.985, 0.0075)  # of 599: one is 0.0017
+    # Of 599 images: one is 0.0017. Measured agreement: W4A4 0.988, W3A3 0.982, the others 0.992 to 1.
+    agreement, loss = {"W4A4": (0.98, 0.005), "W3A3": (0.965, 0.015)}.get(recipe.name, (0.99, 0.005))
     assert (predictions == truth).double().mean() >= agreement
     assert (predictions == labels).double().mean() >= (truth == labels).double().mean() - loss
