@@ -104,7 +104,7 @@ def write_layer_chart(path: str | Path, title: str, layers: Sequence[Layer]) -> 
         rows = [i for i in places if formats[i] == name]
         sizes.barh(rows, [layers[i].bytes / 2**10 for i in rows], color=colour[name], height=0.75, label=name)
     sizes.set_title("weight, KiB", fontsize=9, loc="left")
-    sizes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside lower right", ncols=4)
     for axis, labels in ((errors, [layer.name for layer in layers]), (sizes, [""] * len(layers))):
         axis.set_yticks(places, labels, fontsize=6)
         axis.set_ylim(len(layers) - 0.4, -0.6)
