@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyvit_accel import backends, ops
 from pyvit_accel.formats import affine, packed
+from pyvit_accel.formats.softmax import SoftmaxFormat
 
 U32 = 2.0**-24  # unit roundoff of float32
 CODES = ("random", "lowest", "highest", "zeros", "alternating")
@@ -64,6 +65,7 @@ def assert_nearest_codes(q: Tensor, value: Tensor, error: Tensor) -> None:
 def block(
     B: int, N: int, C: int, H: int, hidden: int, static: bool = False, activation: str = "gelu", vectors: bool = True,
     w_bits: int = 8, x_bits: int = 8, head_bits: int = 8,
+    softmax: SoftmaxFormat | None = None,
 ) -> dict:  # fmt: skip
     """Arguments of ops.quant_block. vectors: biases and layer scales; static: scales that calibration found."""
     inner = C // H * H
@@ -83,6 +85,9 @@ def block(
         "fc2_x_scale": torch.rand(hidden) * 0.1 + 0.01 if static else None,
         "fc2_x_zero_point": -100 if static else -(2 ** (x_bits - 1)),
         "head_bits": head_bits,
+        "p_values": None if softmax is None else softmax.values,
+        "p_steps": 0.0 if softmax is None else softmax.steps,
+        "p_operand": "" if softmax is None else softmax.operand,
         **{f"{name}_x_bits": x_bits for name in ("qkv", "proj", "fc1", "fc2")},
         **{f"{name}_x_clip": 1.0 if x_bits == 8 else 0.7 for name in ("qkv", "proj", "fc1", "fc2")},
         "fc2_x_minimum": None if static else -0.1701,

@@ -7,10 +7,20 @@
 namespace pyvit_accel {
 namespace {
 
-at::Tensor quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& q_scale,
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Results quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& q_scale,
                            const at::Tensor& k_scale, const at::Tensor& v_scale, double softmax_scale,
                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& key_bias,
-                           const std::optional<at::Tensor>& out_scale_in) {
+                           const std::optional<at::Tensor>& grid_bias_h, const std::optional<at::Tensor>& grid_bias_w,
+                           const std::optional<at::Tensor>& out_scale_in, const std::optional<at::Tensor>& p_values,
+                           const std::optional<at::Tensor>& p_thresholds, double p_steps, double p_shift, double p_unit,
+                           double p_offset, std::string_view p_operand, std::string_view p_anchor, bool p_normalize,
+                           int64_t v_bits, const std::optional<at::Tensor>& cu_seqlens_q,
+                           const std::optional<at::Tensor>& cu_seqlens_k, int64_t max_seqlen, bool emit_cls, bool emit_lse,
+                           bool emit_columns) {
+  const at::Tensor none = at::empty({0}, q_in.options().dtype(at::kFloat));
+  TORCH_CHECK(!p_values && !grid_bias_h && !grid_bias_w && !cu_seqlens_q && !emit_cls && !emit_lse && !emit_columns, "not yet");
   for (const at::Tensor* t : {&q_in, &k_in, &v_in}) {
     check_dtype(*t, at::kChar, "q, k and v");
     TORCH_CHECK_VALUE(t->dim() == 4, "q, k and v must be (B, H, N, D), got ", t->sizes());
@@ -42,10 +52,10 @@ at::Tensor quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const
   a.out_scale = out_scale ? out_scale->const_data_ptr<float>() : nullptr;
   a.out_scale_stride = out_scale ? out_scale->numel() > 1 : 0;
   a.out = out.data_ptr();
-  if (out.numel() == 0) return out;
-  if (Nk == 0) return out.zero_();
+  if (out.numel() == 0) return {out, none, none, none};
+  if (Nk == 0) return {out.zero_(), none, none, none};
   parallel_attention(a, B);
-  return out;
+  return {out, none, none, none};
 }
 
 TORCH_LIBRARY_IMPL(pyvit_accel, CPU, m) { m.impl("quant_attention", &quant_attention); }

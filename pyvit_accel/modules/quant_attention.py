@@ -33,6 +33,8 @@ class QuantAttention(nn.Module):
         super().__init__()
         self.qkv, self.proj, self.num_heads, self.scale, self.head_bits = qkv, proj, num_heads, scale, head_bits
         self.head_dim = proj.in_features // num_heads
+        self.p_steps, self.p_operand = 0.0, ""
+        self.register_buffer("p_values", None)
         self.q_norm: nn.LayerNorm | None = None
         self.k_norm: nn.LayerNorm | None = None
         self.register_buffer("head_scale", torch.ones(3, num_heads, 1) if static else None)

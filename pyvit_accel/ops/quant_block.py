@@ -20,7 +20,8 @@ _op = define(
     "quant_block",
     "(Tensor x, Tensor norm1_weight, Tensor norm1_bias, float norm1_eps, Tensor? qkv_x_scale, int qkv_x_bits, "
     "float qkv_x_clip, Tensor qkv_w, Tensor qkv_w_scale, Tensor? qkv_bias, int num_heads, float softmax_scale, "
-    "Tensor? head_scale, int head_bits, int proj_x_bits, float proj_x_clip, Tensor proj_w, Tensor proj_w_scale, "
+    "Tensor? head_scale, int head_bits, Tensor? p_values, float p_steps, str p_operand, "
+    "int proj_x_bits, float proj_x_clip, Tensor proj_w, Tensor proj_w_scale, "
     "Tensor? proj_bias, Tensor? layer_scale1, Tensor norm2_weight, Tensor norm2_bias, float norm2_eps, "
     "Tensor? fc1_x_scale, int fc1_x_bits, float fc1_x_clip, Tensor fc1_w, Tensor fc1_w_scale, Tensor? fc1_bias, "
     "str activation, Tensor? fc2_x_scale, int fc2_x_bits, float fc2_x_clip, int fc2_x_zero_point, "
@@ -46,6 +47,9 @@ def quant_block(
     softmax_scale: float,
     head_scale: Tensor | None,
     head_bits: int,
+    p_values: Tensor | None,
+    p_steps: float,
+    p_operand: str,
     proj_x_bits: int,
     proj_x_clip: float,
     proj_w: Tensor,
@@ -84,6 +88,8 @@ def quant_block(
                                              None: one per row, found on the way
     head_scale            (3, H, 1) | None   float32, static scales of q, k, v; None: one per token and head
     *_x_bits, head_bits   2 to 8             of the codes a matmul reads, and of those of q, k, v
+    p_values, p_steps, p_operand             of a formats/softmax.py anchored at the maximum, without thresholds;
+                                             None: diffused bytes
     *_x_clip              of scales per row: the part of its range that the codes span
     fc2_x_zero_point      the code of zero; with fc2_x_scale None, -2^(bits-1) goes with a minimum and 0 with none
     fc2_x_table           (256,) | None      int8: what takes the place of the 8-bit codes of the activation
@@ -109,7 +115,8 @@ def quant_block(
     check_table("quant_block", fc2_x_table, fc2_x_bits)
     return _op(
         x, norm1_weight, norm1_bias, norm1_eps, qkv_x_scale, qkv_x_bits, qkv_x_clip, qkv_w, qkv_w_scale, qkv_bias,
-        num_heads, softmax_scale, head_scale, head_bits, proj_x_bits, proj_x_clip, proj_w, proj_w_scale, proj_bias,
+        num_heads, softmax_scale, head_scale, head_bits, p_values, p_steps, p_operand, proj_x_bits,
+        proj_x_clip, proj_w, proj_w_scale, proj_bias,
         layer_scale1, norm2_weight, norm2_bias, norm2_eps, fc1_x_scale, fc1_x_bits, fc1_x_clip, fc1_w, fc1_w_scale,
         fc1_bias, activation, fc2_x_scale, fc2_x_bits, fc2_x_clip, fc2_x_zero_point, fc2_x_minimum, fc2_x_table,
         fc2_w, fc2_w_scale, fc2_bias, layer_scale2, tokens,

@@ -11,6 +11,7 @@ x            (B, N, C)   float32
 fc2_x_table  (256,) int8 | None   as in quantize.py, of codes with a scale per row
 head_scale   (3, H, 1) | None     of q, k, v; None: one per token and head
 head_bits                         of the codes of q, k, v
+p_values, p_steps, p_operand      of the probabilities, anchored at the maximum, as in quant_attention.py; None: bytes
 tokens       only the first `tokens` of every image are wanted: queries, projection and MLP leave the others out
 returns      (B, tokens, C)  float32
 """
@@ -52,6 +53,9 @@ def quant_block(
     softmax_scale: float,
     head_scale: Tensor | None,
     head_bits: int,
+    p_values: Tensor | None,
+    p_steps: float,
+    p_operand: str,
     proj_x_bits: int,
     proj_x_clip: float,
     proj_w: Tensor,
@@ -85,6 +89,7 @@ def quant_block(
     B, N, C = x.shape
     H = num_heads
     inner = qkv_w_scale.shape[0] // 3
+    static = head_scale is not None
     D = inner // H
 
     def norm(rows: Tensor, *args) -> tuple[Tensor, Tensor]:
@@ -103,9 +108,12 @@ def quant_block(
         scales = head_scale[:, None].expand(3, B, H, N)
     q, k, v = qkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
     q_scale, k_scale, v_scale = scales
-    attended = ops.quant_attention(
-        q[:, :, :tokens], k, v, q_scale[:, :, :tokens], k_scale, v_scale, softmax_scale, None, None, None
-    )
+    v_scale = v_scale if p_values is None or not static else v_scale[..., :1]
+    form = (p_values, None, p_steps, 0.0, 1.0, 0.0, p_operand, "max", True)
+    attended, *_ = ops.quant_attention(
+        q[:, :, :tokens], k, v, q_scale[:, :, :tokens], k_scale, v_scale, softmax_scale, *[None] * 5,
+        *form, head_bits, None, None, tokens, False, False, False,
+    )  # fmt: skip
     codes, scale = ops.quantize_dynamic(attended.reshape(-1, inner), None, proj_x_bits, proj_x_clip, None)
     residual = x[:, :tokens].reshape(-1, C)
     y = ops.lowbit_linear(codes, scale, proj_w, proj_w_scale, proj_bias, 0, "none", layer_scale1, residual, None, 0, 8)

@@ -12,6 +12,8 @@ from torch import Tensor
 LOG2_E = 1.44269504
 # 2^f for |f| <= 1/2: 9e-8, 2e-7 rounded
 _EXP2 = (0.00132647261, 0.00967151299, 0.0555073358, 0.240222424, 0.693147004, 1.0)
+# log2(1 + y) / y for 1 + y between sqrt(1/2) and sqrt(2): 1.5e-7 of the logarithm
+_LOG2 = (-0.14620353, 0.23420985, -0.24882181, 0.2870756, -0.36024198, 0.48092404, -0.72135276, 1.4426949)
 _PHI_P = (2.27495214e-08, 6.35206834e-06, 0.000168822022, 0.00467723841, 0.0338523164, 0.398942232)
 _PHI_Q = (1.19750473e-06, 7.36461952e-05, 0.00188442448, 0.0286456775, 0.251521081, 1.0)
 
@@ -28,6 +30,14 @@ def exp2(t: Tensor) -> Tensor:
     n = torch.round(t)
     p = _horner(t - n, _EXP2)
     return (p.view(torch.int32) + (n.to(torch.int32) << 23)).view(torch.float32)
+
+
+def log2(x: Tensor) -> Tensor:
+    """log2 of positive, normal float32 x."""
+    bits = x.view(torch.int32)
+    n = (bits - 0x3F3504F3) >> 23  # 0x3F3504F3: sqrt(1/2)
+    y = (bits - (n << 23)).view(torch.float32) - 1.0
+    return n.float() + y * _horner(y, _LOG2)
 
 
 def _sigmoid2(t: Tensor) -> Tensor:
