@@ -7,7 +7,20 @@ from pyvit_accel import recipes
 from pyvit_accel.convert import Recipe, Report, Rule, accelerate
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.mixed_precision import search
+from pyvit_accel.modules.exp_free_attention import ExpFreeAttention, exp_free_attention
 from pyvit_accel.serialize import load, save
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Report", "Rule", "Unsupported", "accelerate", "load", "recipes", "save", "search"]
+__all__ = [
+    "ExpFreeAttention",
+    "Recipe",
+    "Report",
+    "Rule",
+    "Unsupported",
+    "accelerate",
+    "exp_free_attention",
+    "load",
+    "recipes",
+    "save",
+    "search",
+]

@@ -7,7 +7,11 @@
     FP8            e4m3 weights and activations, a scale per output feature and per token; for GPUs with fp8 units
     POW2           weights are 0 or +-2^0 .. 2^-6 of a scale, 4 bits; int8 activations; published ones are retrained
 
-A sum of recipes, A + B, offers each module to A first.
+    EXP_FREE_ATTENTION  attention between its float projections: int8 q, k, v and a softmax without an exponential; can
+                        be trained. Other recipes convert its projections in a second call of accelerate
+
+A sum of recipes, A + B, offers each module to A first: W8A16 + EXP_FREE_ATTENTION packs the projections of attention
+and leaves it, EXP_FREE_ATTENTION + W8A16 takes it whole.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ from pyvit_accel.convert import Layer, Recipe, Replacement, Rule
 from pyvit_accel.formats.codebook import Codebook
 from pyvit_accel.formats.fp8 import fp8
 from pyvit_accel.formats.pow2 import ps_weight
+from pyvit_accel.formats.softmax import SoftmaxFormat, linear_mantissa
 from pyvit_accel.formats.twin import uniform
-from pyvit_accel.modules import CodebookLinear, QuantPatchEmbed, WeightOnlyLinear, build
+from pyvit_accel.modules import CodebookLinear, ExpFreeSelfAttention, QuantPatchEmbed, WeightOnlyLinear, build
 from pyvit_accel.modules.build import Scheme
 from pyvit_accel.modules.quant_linear import PackedWeight
 from pyvit_accel.planning import Calibration, Reconstruction
@@ -144,10 +149,20 @@ def codebook(name: str, w_format: Codebook, x_format: Codebook | None) -> Recipe
         seen = found.observed.input(linear) if found is not None and linear in found.observed else None
         return CodebookLinear.from_linear(linear, w_format, x_format, seen=seen)
 
-    def observe(model: nn.Module, batches: Any) -> Calibration:
-        return Calibration(calibrate.observe(model, batches, rows=CODEBOOK_ROWS), Scheme(), {})
+    return Recipe(name, (Rule("*", LINEAR, partial(plain, make), exact=True),), _observe_linears)
 
-    return Recipe(name, (Rule("*", LINEAR, partial(plain, make), exact=True),), observe)
+
+def _observe_linears(model: nn.Module, batches: Any) -> Calibration:
+    return Calibration(calibrate.observe(model, batches, rows=CODEBOOK_ROWS), Scheme(), {})
+
+
+def exp_free_attention(name: str, softmax: SoftmaxFormat) -> Recipe:
+    """Attention with the probabilities in a format of formats/softmax.py, its projections in floats.
+
+    Calibration batches are needed only where a model has nn.MultiheadAttention: to see that it is self-attention.
+    """
+    rules = (_rule("ATTENTIONS", lambda parts, found: ExpFreeSelfAttention(parts, softmax)),)
+    return Recipe(name, rules, _observe_linears, prepare=adapters.unpack_attention)
 
 
 W8A8, W6A6, W4A8, W4A4, W3A3 = integer(8, 8), integer(6, 6), integer(4, 8), integer(4, 4), integer(3, 3)
@@ -155,4 +170,5 @@ W8A8_DYNAMIC = _integer("W8A8_DYNAMIC", Scheme(), needs_calibration=False)
 W8A16, W4A16 = weight_only(8), weight_only(4, group_size=64)
 FP8 = codebook("FP8", fp8("e4m3"), fp8("e4m3"))
 POW2 = codebook("POW2", ps_weight(bits=4), uniform(8, 1.0, zero_point=128))
+EXP_FREE_ATTENTION = exp_free_attention("EXP_FREE_ATTENTION", linear_mantissa(3))
 RECIPES = {recipe.name: recipe for recipe in (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16, FP8, POW2)}

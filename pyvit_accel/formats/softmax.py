@@ -16,7 +16,7 @@ is: 2^(e + f) is read as 2^e (1 + f). With the smallest byte 0, byte(k) = byte_s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -89,9 +89,47 @@ class SoftmaxFormat:
             *(self.operand, self.anchor, self.normalize),
         )
 
+    def describe(self) -> dict:
+        """A record for JSON, of which from_description makes the format again: by name where it has one."""
+        for kind, (_, bits) in KINDS.items():
+            for b in bits:
+                named = {"kind": kind, "bits": b, "anchor": self.anchor, "normalize": self.normalize}
+                if from_description(named).equals(self):
+                    return named
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
+        record["values"] = self.values.tolist()
+        if self.thresholds is not None:  # JSON has no infinity
+            record["thresholds"] = [None if t == -math.inf else t for t in self.thresholds.tolist()]
+        return record
+
+    def equals(self, other: SoftmaxFormat) -> bool:
+        """The same in everything, wherever it is held."""
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return all(_same(a, b) for a, b in pairs)
+
     def to(self, device: torch.device | str) -> SoftmaxFormat:
         moved = None if self.thresholds is None else self.thresholds.to(device)
         return replace(self, values=self.values.to(device), thresholds=moved)
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    return type(a) is type(b) and a == b
+
+
+def from_description(record: dict) -> SoftmaxFormat:
+    """The format of a record that describe() made, on the CPU."""
+    with torch.device("cpu"):  # a file is loaded onto none
+        if "kind" in record:
+            make, _ = KINDS[record["kind"]]
+            return make(record["bits"], record["anchor"], record["normalize"])
+        integers = all(isinstance(value, int) for value in record["values"])
+        values = torch.tensor(record["values"], dtype=torch.int32 if integers else torch.float32)
+        thresholds = record["thresholds"]
+        if thresholds is not None:
+            thresholds = torch.tensor([-math.inf if t is None else t for t in thresholds], dtype=torch.float32)
+        return SoftmaxFormat(**record | {"values": values, "thresholds": thresholds})
 
 
 def linear_mantissa(bits: int = 3, anchor: str = "max", normalize: bool = True) -> SoftmaxFormat:
@@ -159,6 +197,7 @@ def _name(codebook: Codebook) -> str:
     return f"{codebook.family.replace('_', '-')}, {codebook.bits} bits"
 
 
+KINDS = {"linear_mantissa": (linear_mantissa, range(1, 4)), "log2": (log2, range(2, 6))}
 _DTYPES = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 
 

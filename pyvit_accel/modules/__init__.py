@@ -2,6 +2,7 @@
 
 from .codebook_linear import CodebookLinear
 from .coded_attention import CodedAttention
+from .exp_free_attention import ExpFreeAttention, ExpFreeSelfAttention
 from .quant_attention import QuantAttention
 from .quant_block import QuantBlock
 from .quant_linear import QuantLinear
@@ -12,6 +13,8 @@ from .weight_only_linear import WeightOnlyLinear
 __all__ = [
     "CodebookLinear",
     "CodedAttention",
+    "ExpFreeAttention",
+    "ExpFreeSelfAttention",
     "QuantAttention",
     "QuantBlock",
     "QuantLinear",

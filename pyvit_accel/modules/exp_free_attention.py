@@ -1,0 +1,327 @@
+"""ExpFreeAttention: F.scaled_dot_product_attention without an exponential, floats in and out, with a gradient.
+
+    q  int8, a scale per token and head
+    k  the same, less its mean over the tokens: q mean is one number per query, which no softmax sees, whatever is
+       masked. SageAttention, arXiv:2410.02367, 4.2
+    v  int8, a scale per image, head and channel
+    P  in a format of formats/softmax.py
+
+    y = P v,  P = softmax(q k^T scale + mask) in its format                      reference/quant_attention.py
+
+The gradient is that of softmax attention at the rounded values, rounding taken as the identity: with o = dy . y per row
+
+    dv = P^T dy    dS = P (dy v^T - o)    dq = dS k scale    dk = dS^T q scale    dmask = dS
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pyvit_accel import ops
+from pyvit_accel.formats import affine
+from pyvit_accel.formats.softmax import SoftmaxFormat, from_description, linear_mantissa
+
+from .parts import AttentionParts
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEFAULT = linear_mantissa(3)
+
+
+class _Operands(NamedTuple):
+    """Codes (B, H, N, W), W = max(D, Dv), the narrower padded with zeros; k and v may have fewer heads.
+
+    q_scale, k_scale (B, H, N), v_scale (B, H, 1, Dv)
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+
+
+def _per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D) to codes, laid out as x is, and scale (B, H, N)."""
+    heads_inside = x.stride(1) < x.stride(2)  # as projections leave them: rows are read in the order they lie in
+    x = x.transpose(1, 2) if heads_inside else x
+    codes, scale = ops.quantize(x)
+    scale = scale.view(x.shape[:-1])
+    return (codes.transpose(1, 2), scale.transpose(1, 2)) if heads_inside else (codes, scale)
+
+
+def _per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D) to codes and scale (B, H, 1, D): one static quantization of rows (N, B H D)."""
+    B, H, N, D = x.shape
+    rows = x.permute(2, 0, 1, 3).reshape(N, B * H * D).float()
+    scale = affine.scale_of(rows.abs().amax(dim=0))
+    codes, _ = ops.quantize(rows, scale)
+    return codes.view(N, B, H, D).permute(1, 2, 0, 3), scale.view(B, H, 1, D)
+
+
+def _quantize(query: Tensor, key: Tensor, value: Tensor) -> _Operands:
+    W = max(query.shape[-1], value.shape[-1])
+    q, q_scale = _per_token(query)
+    k, k_scale = _per_token(key - key.mean(dim=2, keepdim=True, dtype=torch.float32))
+    v, v_scale = _per_channel(value)
+    q, k, v = (F.pad(t, (0, W - t.shape[-1])) if t.shape[-1] < W else t for t in (q, k, v))
+    return _Operands(q, k, v, q_scale, k_scale, v_scale)
+
+
+def _attend(o: _Operands, v: Tensor, bias: Tensor | None, scale: float, softmax: SoftmaxFormat) -> Tensor:
+    """P v of codes v (B, H, Nk, W), float32 (B, H, Nq, W), a view of (B, Nq, H, W)."""
+    (B, H, Nq, W), G = o.q.shape, o.q.shape[1] // o.k.shape[1]
+    k, k_scale, v = (t if G == 1 else t.repeat_interleave(G, dim=1) for t in (o.k, o.k_scale, v))
+    one = torch.ones(1, device=v.device)
+    out = ops.quant_attention(o.q, k, v, o.q_scale, k_scale, one, scale, softmax=softmax, bias=bias)
+    return out.view(B, Nq, H, W).transpose(1, 2)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softmax: SoftmaxFormat
+) -> tuple[Tensor, _Operands]:
+    """float32 (B, H, Nq, Dv), and what it was computed from."""
+    o = _quantize(query, key, value)
+    v_scale = o.v_scale.repeat_interleave(o.q.shape[1] // o.v.shape[1], dim=1)
+    return _attend(o, o.v, bias, scale, softmax)[..., : value.shape[-1]].mul_(v_scale), o
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softmax: SoftmaxFormat
+    ) -> Tensor:
+        y, operands = _forward(query, key, value, bias, scale, softmax)
+        ctx.save_for_backward(*operands, bias, y)
+        ctx.scale, ctx.softmax, ctx.dtype, ctx.D = scale, softmax, query.dtype, query.shape[-1]
+        return y.to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *operands, bias, y = ctx.saved_tensors
+        dbias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        dq, dk, dv = _gradients(_Operands(*operands), bias, ctx.scale, ctx.softmax, y, dy.float(), ctx.D, dbias)
+        return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), dbias, None, None
+
+
+def _gradients(
+    o: _Operands, bias: Tensor | None, scale: float, softmax: SoftmaxFormat, y: Tensor, dy: Tensor, D: int,
+    dbias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, float32; adds to dbias. W keys at a time, so nothing of Nq x Nk is held.
+
+    P is what the forward multiplied, to a rounding: its own kernel gives the columns of W keys when v are rows of the
+    identity.
+    """
+    W, Hk, Nk, Dv = o.q.shape[-1], *o.k.shape[1:3], y.shape[-1]
+    G = o.q.shape[1] // Hk
+    q = o.q[..., :D] * (o.q_scale * scale)[..., None]
+    k = (o.k[..., :D] * (o.k_scale * scale)[..., None]).repeat_interleave(G, dim=1)
+    v = (o.v[..., :Dv] * o.v_scale).repeat_interleave(G, dim=1)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    row = (dy * y).sum(dim=-1, keepdim=True)
+    identity = F.pad(torch.eye(W, dtype=torch.int8, device=q.device), (0, 0, Nk, Nk))
+    for start in range(0, Nk, W):
+        keys = slice(start, min(start + W, Nk))
+        columns = identity[Nk - start : 2 * Nk - start].expand(*o.v.shape[:2], Nk, W)
+        p = _attend(o, columns, bias, scale, softmax)[..., : keys.stop - start]
+        dv[:, :, keys] = p.mT @ dy
+        ds = p * (dy @ v[:, :, keys].mT - row)
+        dq += ds @ k[:, :, keys]
+        dk[:, :, keys] = ds.mT @ q
+        if dbias is not None:
+            part = dbias if dbias.shape[-1] == 1 else dbias[..., keys]
+            part += ds.sum_to_size(*part.shape[:-1], 1 if dbias.shape[-1] == 1 else keys.stop - start)
+    return dq, *(t.unflatten(1, (Hk, G)).sum(dim=2) for t in (dk, dv))
+
+
+def exp_free_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    softmax: SoftmaxFormat = DEFAULT,
+) -> Tensor:
+    """F.scaled_dot_product_attention(query, key, value, ...), its arguments and meaning.
+
+    query       (..., H, Nq, D)    float32, float16 or bfloat16; any strides
+    key, value  (..., H, Nk, D | Dv)  the same dtype and leading dimensions
+    attn_mask   broadcastable to (..., H, Nq, Nk): bool, False is a key that is not seen, or float, added to the scores
+    dropout_p   0.0: probabilities are never formed, so none can be dropped
+    is_causal   a query sees the keys up to its own number; makes a mask (Nq, Nk)
+    scale       of the scores; None: D^-0.5
+    enable_gqa  key and value may have fewer heads, each for H / Hk heads of the query in turn
+    softmax     the format of the probabilities, on the device of query
+    returns     (..., H, Nq, Dv), the dtype of query, a view of (..., Nq, H, Dv): the transposition before a projection
+                copies nothing
+
+    A query that sees no key gives zeros, where float attention gives NaN. The padding of masked keys enters the mean
+    that k is relieved of and the scales of v: keep it no larger than the rest.
+
+    Raises TypeError for other or mixed dtypes, ValueError for shapes that do not fit, a mask beside is_causal, dropout.
+    """
+    H, Hk = _check(query, key, value, enable_gqa)
+    if dropout_p:
+        raise ValueError(f"exp_free_attention: dropout_p={dropout_p}: no probabilities are formed to drop; pass 0.0")
+    (Nq, D), (Nk, Dv), leading = query.shape[-2:], value.shape[-2:], query.shape[:-3]
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("exp_free_attention: is_causal=True came with an attn_mask; pass one mask of both")
+        attn_mask = torch.ones(Nq, Nk, dtype=torch.bool, device=query.device).tril()
+    bias = None if attn_mask is None else _bias(attn_mask, (*leading, H, Nq, Nk))
+    if 0 in (query.numel(), key.numel(), value.numel()):
+        nothing = sum(t[..., :0].sum() for t in (query, key, value))  # which has their gradients
+        return query.new_zeros(*query.shape[:-1], Dv) + nothing
+    B, scale = prod(leading), D**-0.5 if scale is None else float(scale)
+    softmax = softmax if softmax.values.device == query.device else softmax.to(query.device)
+    q, k, v = query.reshape(B, H, Nq, D), key.reshape(B, Hk, Nk, D), value.reshape(B, Hk, Nk, Dv)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
+        y = _StraightThrough.apply(q, k, v, bias, scale, softmax)
+    else:
+        y = _forward(q, k, v, bias, scale, softmax)[0].to(query.dtype)
+    return y.reshape(*query.shape[:-1], Dv)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int]:
+    """Heads of the query and of key and value."""
+    given = query, key, value
+    if query.dtype not in DTYPES or any(t.dtype != query.dtype for t in given):
+        dtypes = ", ".join(str(t.dtype) for t in given)
+        raise TypeError(f"exp_free_attention: query, key, value are {dtypes}; use float32, float16 or bfloat16 for all")
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(("query", "key", "value"), given, strict=True))
+    if query.dim() < 2 or any(t.dim() != query.dim() for t in given):
+        raise ValueError(f"exp_free_attention: {shapes} must all be (..., H, N, D)")
+    H, Hk = (t.shape[-3] if t.dim() > 2 else 1 for t in (query, key))
+    fit = all(t.shape[:-3] == query.shape[:-3] for t in given) and key.shape[:-1] == value.shape[:-1]
+    if not fit or query.shape[-1] != key.shape[-1] or (Hk == 0 and H) or (Hk and H % Hk):
+        raise ValueError(f"exp_free_attention: {shapes} do not fit together")
+    if not (enable_gqa or Hk == H):
+        raise ValueError(f"exp_free_attention: {H} heads of the query, {Hk} of the key; pass enable_gqa=True")
+    return H, Hk
+
+
+def _bias(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What is added to the scores, float32, broadcastable to (B, H, Nq, Nk); shape (..., H, Nq, Nk)."""
+    try:
+        attn_mask.expand(shape)
+    except RuntimeError:
+        came = tuple(attn_mask.shape)
+        raise ValueError(f"exp_free_attention: attn_mask {came} does not broadcast to {shape}") from None
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(~attn_mask, -torch.inf)
+    full = attn_mask[(None,) * (max(len(shape), 3) - attn_mask.dim())]
+    if any(n > 1 for n in full.shape[:-3]):
+        full = full.expand(*shape[:-3], *full.shape[-3:])
+    return full.reshape(prod(full.shape[:-3]), *full.shape[-3:]).float()
+
+
+class ExpFreeAttention(nn.Module):
+    """exp_free_attention with its format: called as F.scaled_dot_product_attention is, and moved as modules are."""
+
+    def __init__(self, softmax: SoftmaxFormat = DEFAULT) -> None:
+        super().__init__()
+        self.softmax = softmax
+
+    def _apply(self, fn, recurse: bool = True) -> ExpFreeAttention:
+        # The format follows to another device. It is not a buffer, since half() would round its thresholds.
+        self.softmax = self.softmax.to(fn(torch.empty_like(self.softmax.values)).device)
+        return super()._apply(fn, recurse)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """As exp_free_attention."""
+        return exp_free_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softmax=self.softmax
+        )
+
+    def config(self) -> dict:
+        return {"softmax": self.softmax.describe()}
+
+    @classmethod
+    def from_config(cls, config: dict) -> ExpFreeAttention:
+        return cls(from_description(config["softmax"]))
+
+    def extra_repr(self) -> str:
+        return f"softmax={self.softmax.label}"
+
+
+class ExpFreeSelfAttention(nn.Module):
+    """Multi-head self-attention x (B, N, C) in floats, but for its softmax and the two matmuls beside that.
+
+    Its Linears and norms hold the parameters of those it was made of, which can be trained, or replaced in turn. The
+    names are those of timm, where the projection is a fused one: their state dicts fit each other.
+    """
+
+    def __init__(self, parts: AttentionParts, softmax: SoftmaxFormat = DEFAULT) -> None:
+        super().__init__()
+        names = ("qkv",) if len(parts.qkv) == 1 else ("q_proj", "k_proj", "v_proj")
+        for name, linear in zip(names, parts.qkv, strict=True):
+            setattr(self, name, _plain(linear))
+        self.proj, self.q_norm, self.k_norm = _plain(parts.proj), parts.q_norm, parts.k_norm
+        self.num_heads, self.scale, self.attention = parts.num_heads, parts.scale, ExpFreeAttention(softmax)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """attn_mask as in F.scaled_dot_product_attention: bool, True is seen, or float, added; (B | 1, H | 1, N, N)."""
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self._project(x))
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        y = self.attention(q, k, v, attn_mask, scale=self.scale)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x).chunk(3, dim=-1) if self._fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+
+    @property
+    def _fused(self) -> bool:
+        return "qkv" in self._modules
+
+    def config(self) -> dict:
+        linears = [self.qkv] if self._fused else [self.q_proj, self.k_proj, self.v_proj]
+        return {
+            "dim": self.proj.in_features,
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "qkv_bias": [linear.bias is not None for linear in linears],
+            "proj_bias": self.proj.bias is not None,
+            "q_norm": None if self.q_norm is None else self.q_norm.eps,
+            "k_norm": None if self.k_norm is None else self.k_norm.eps,
+        } | self.attention.config()
+
+    @classmethod
+    def from_config(cls, config: dict) -> ExpFreeSelfAttention:
+        C, H, biases = config["dim"], config["num_heads"], config["qkv_bias"]
+        norms = [None if config[n] is None else nn.LayerNorm(C // H, config[n]) for n in ("q_norm", "k_norm")]
+        qkv = tuple(nn.Linear(C, 3 * C // len(biases), bias=bias) for bias in biases)
+        parts = AttentionParts(qkv, nn.Linear(C, C, bias=config["proj_bias"]), H, config["scale"], *norms)
+        return cls(parts, from_description(config["softmax"]))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+
+def _plain(linear: nn.Linear) -> nn.Linear:
+    """The same parameters in an nn.Linear itself, which rules for that class take."""
+    new = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    new.weight, new.bias = linear.weight, linear.bias
+    return new.train(linear.training)
