@@ -1,243 +1,344 @@
-// quant_attention: O = P V / sum(P), P = 2^((S - max S) log2 e) as bytes, S = scaled Q K^T + bias.
+// quant_attention: O = P V / sum(P) of int8 Q, K and V, P as codes of a format (softmax.h) or as diffused bytes.
 //
 // One work item is a run of queries of one head. K and V are repacked for it once; then kRows queries at a time have
-// their whole row of scores, codes and outputs in L1. No N x N tensor is ever in memory.
-//
-// P is computed as 16-bit codes, whose sum is the denominator, and multiplied as bytes: what a byte drops is added to the
-// code of the key 16 further on, so that no part of a long tail is lost (reference/quant_attention.py).
-struct Buffers {
-  // Rewritten queries; K as weight tiles of 16 keys; V as tiles of 16 channels, 4 keys a group (int16: 2); codes of P.
-  uint8_t *q, *k, *v, *p;
-  int32_t* k_offset;
-  float *k_scale, *v_ratio, *scores;
+// their whole row of scores, codes and outputs in cache. No N x N tensor is ever in memory.
+
+// One head of one image or sequence: first elements, strides between rows.
+struct Head {
+  const int8_t *q, *k, *v;
+  const float* v_float;
+  int64_t q_stride, k_stride, v_stride;
+  const float *q_scale, *k_scale, *v_scale;
+  int64_t q_scale_stride, k_scale_stride, v_scale_stride;
+  const float *bias, *grid_h, *grid_w, *key_bias;
+  int64_t Nq, Nk, D;
+  int64_t out;  // of the first output
+  const float* out_scale;
+  float *cls, *lse, *columns;
+  INLINE bool biased() const { return bias || grid_h || key_bias; }
 };
 
-#if defined(USE_AVX512_VNNI)
-// 16 rows of 16 dwords to 16 columns: dword i of row n becomes dword n of row i.
-INLINE void transpose(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  // r[4 i + c], 128-bit lane l: column 4 l + c of rows 4 i .. 4 i + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x44), b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x44);
-    const __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xee), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xee);
-    t[c] = _mm512_shuffle_i32x4(a, b, 0x88), t[4 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    t[8 + c] = _mm512_shuffle_i32x4(d, e, 0x88), t[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
+INLINE Head head_of(const Attention& a, int64_t b, int64_t h) {
+  const int64_t image = a.q_ends ? 0 : b, i = a.q_ends ? a.q_ends[b] : 0, j = a.q_ends ? a.k_ends[b] : 0;
+  const auto at = [&](auto* p, const int64_t* stride, int64_t n) { return p ? p + image * stride[0] + h * stride[1] + n * stride[2] : nullptr; };
+  Head x = {};
+  x.q = at(a.q, a.q_stride, i), x.k = at(a.k, a.k_stride, j), x.v = at(a.v, a.v_stride, j), x.v_float = at(a.v_float, a.v_stride, j);
+  x.q_stride = a.q_stride[2], x.k_stride = a.k_stride[2], x.v_stride = a.v_stride[2];
+  x.q_scale = at(a.q_scale, a.q_scale_stride, i), x.q_scale_stride = a.q_scale_stride[2];
+  x.k_scale = at(a.k_scale, a.k_scale_stride, j), x.k_scale_stride = a.k_scale_stride[2];
+  x.v_scale = at(a.v_scale, a.v_scale_stride, j), x.v_scale_stride = a.v_scale_stride[2];
+  x.bias = at(a.bias, a.bias_stride, 0), x.grid_h = at(a.grid_h, a.grid_h_stride, 0), x.grid_w = at(a.grid_w, a.grid_w_stride, 0);
+  x.key_bias = a.key_bias ? a.key_bias + image * a.key_bias_stride[0] + j * a.key_bias_stride[1] : nullptr;
+  x.Nq = a.q_ends ? a.q_ends[b + 1] - i : a.Nq, x.Nk = a.q_ends ? a.k_ends[b + 1] - j : a.Nk, x.D = a.D;
+  x.out = ((image * a.Nq + i) * a.H + h) * a.D;
+  x.out_scale = a.out_scale ? a.out_scale + h * a.D * a.out_scale_stride : nullptr;
+  x.cls = a.cls ? a.cls + (image * a.H + h) * a.Nk + j : nullptr;
+  x.lse = a.lse ? a.lse + (image * a.H + h) * a.Nq + i : nullptr;
+  return x;
 }
 
-// K: 16 keys x groups of 4 channels, each key's dword beside its neighbours'; 64 bytes a group.
-INLINE void pack_keys(const Attention& a, const int8_t* k, const Buffers& s, int64_t key_tiles, int64_t padded_d) {
-  for (int64_t t = 0; t < key_tiles; ++t) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t d = 0; d < a.D; d += 64) {
-      const int64_t left = a.D - d;
-      const __mmask64 bytes = left >= 64 ? ~0ull : (1ull << left) - 1;
-      __m512i rows[16];
-      for (int64_t i = 0; i < kTile; ++i) {
-        const int64_t n = t * kTile + i;
-        rows[i] = n < a.Nk ? _mm512_maskz_loadu_epi8(bytes, k + n * a.k_stride[2] + d) : _mm512_setzero_si512();
-      }
-      transpose(rows);
-      uint8_t* dst = s.k + t * padded_d * kTile + d * kTile;
-      for (int64_t g = 0; g < 16 && d + 4 * g < padded_d; ++g) {
-        _mm512_storeu_si512(dst + 64 * g, rows[g]);
-        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), rows[g]);
-      }
-    }
-    _mm512_storeu_si512(s.k_offset + t * kTile, _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum), 7));  // -128 sum
-  }
+struct Work {
+  int64_t key_tiles, padded_keys, padded_d, d_tiles, key_groups, q_groups, q_stride, k_tile, v_tile, p_stride;  // strides in bytes
+  bool floats;  // P and V are floats
+  bool v_scale_in_v, weighted;  // a scale per key: contained in the floats, or in the bytes of P relative to the largest
+  bool k_scale_in_rows;  // one scale of k, in the scale of the queries; or one per key, and the limit of a to be looked after
+  float v_scale, k_scale_max;
+  // Rewritten queries; K as weight tiles of 16 keys; V as tiles of 16 channels, 4 keys a group (int16: 2, float: 1); P,
+  // and its second byte; codes.
+  uint8_t *q, *k, *v, *p, *p_high, *codes;
+  int32_t* k_offset;
+  float *k_scale, *v_ratio, *ones, *scores, *row, *low;  // row: of biases or weights; low: what the lower bytes of P give
+};
+
+INLINE Work work_of(const Attention& a, const Head& head) {
+  const Softmax& f = a.softmax;
+  Work s = {};
+  s.v_scale_in_v = f.coded && head.v_scale_stride != 0;
+  s.floats = f.coded && (!f.low || head.v_float || s.v_scale_in_v);
+  s.weighted = !f.coded && head.v_scale_stride != 0;
+  const int64_t bytes = kVnni ? 1 : 2, p_bytes = s.floats ? 4 : bytes;
+  s.padded_keys = round_up(head.Nk, 64), s.key_tiles = round_up(head.Nk, kTile) / kTile;
+  s.padded_d = round_up(a.D, 4), s.d_tiles = round_up(a.D, kTile) / kTile;
+  s.key_groups = (head.Nk * p_bytes + 3) / 4, s.q_stride = round_up(s.padded_d * bytes, 64);
+  s.q_groups = s.padded_d * bytes / 4;
+  s.k_tile = s.padded_d * kTile * bytes, s.v_tile = s.key_groups * 64, s.p_stride = s.padded_keys * p_bytes;
+  const int64_t sizes[] = {kRows * s.q_stride, s.key_tiles * s.k_tile, s.d_tiles * s.v_tile, kRows * s.p_stride,
+                           f.high ? kRows * s.p_stride : 0, s.padded_keys, 4 * s.padded_keys, 4 * s.padded_keys,
+                           4 * s.padded_keys, 4 * kTiles * kTile, 4 * kRows * s.padded_keys, 4 * s.padded_keys,
+                           4 * kRows * kTiles * kTile};
+  int64_t total = 0;
+  for (int64_t size : sizes) total += round_up(size, 64);
+  uint8_t* next = (uint8_t*)scratch(total, 0);
+  int i = 0;
+  const auto take = [&] { uint8_t* p = next; next += round_up(sizes[i++], 64); return p; };
+  s.q = take(), s.k = take(), s.v = take(), s.p = take(), s.p_high = take(), s.codes = take();
+  s.k_offset = (int32_t*)take(), s.k_scale = (float*)take(), s.v_ratio = (float*)take();
+  s.ones = (float*)take(), s.scores = (float*)take(), s.row = (float*)take(), s.low = (float*)take();
+  return s;
 }
 
-// V: 16 channels x groups of 4 keys, each channel's dword beside its neighbours'; 64 bytes a group.
-INLINE void pack_values(const Attention& a, const int8_t* v, const Buffers& s, int64_t groups) {
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t d = 0; d < a.D; d += 64) {
-      const int64_t left = a.D - d;
-      const __mmask64 bytes = left >= 64 ? ~0ull : (1ull << left) - 1;
-      __m512i r[4];
-      for (int64_t i = 0; i < 4; ++i)
-        r[i] = 4 * g + i < a.Nk ? _mm512_maskz_loadu_epi8(bytes, v + (4 * g + i) * a.v_stride[2] + d) : _mm512_setzero_si512();
-      const __m512i lo01 = _mm512_unpacklo_epi8(r[0], r[1]), hi01 = _mm512_unpackhi_epi8(r[0], r[1]);
-      const __m512i lo23 = _mm512_unpacklo_epi8(r[2], r[3]), hi23 = _mm512_unpackhi_epi8(r[2], r[3]);
-      // u[i], 128-bit lane l: the four keys of channels 16 l + 4 i .. 16 l + 4 i + 3.
-      const __m512i u[4] = {_mm512_unpacklo_epi16(lo01, lo23), _mm512_unpackhi_epi16(lo01, lo23),
-                            _mm512_unpacklo_epi16(hi01, hi23), _mm512_unpackhi_epi16(hi01, hi23)};
-      const __m512i even = _mm512_shuffle_i32x4(u[0], u[1], 0x44), odd = _mm512_shuffle_i32x4(u[2], u[3], 0x44);
-      const __m512i even2 = _mm512_shuffle_i32x4(u[0], u[1], 0xee), odd2 = _mm512_shuffle_i32x4(u[2], u[3], 0xee);
-      const __m512i tiles[4] = {_mm512_shuffle_i32x4(even, odd, 0x88), _mm512_shuffle_i32x4(even, odd, 0xdd),
-                                _mm512_shuffle_i32x4(even2, odd2, 0x88), _mm512_shuffle_i32x4(even2, odd2, 0xdd)};
-      for (int64_t i = 0; i < 4 && d + kTile * i < a.D; ++i)
-        _mm512_storeu_si512(s.v + ((d / kTile + i) * groups + g) * 64, tiles[i]);
-    }
-}
-#else
-// K: 16 keys x pairs of channels as int16, each key's dword beside its neighbours'; 64 bytes a pair.
-INLINE void pack_keys(const Attention& a, const int8_t* k, const Buffers& s, int64_t key_tiles, int64_t padded_d) {
-  for (int64_t n = 0; n < key_tiles * kTile; ++n) {
-    int16_t* dst = (int16_t*)s.k + n / kTile * padded_d * kTile + 2 * (n % kTile);
-    for (int64_t d = 0; d < padded_d; d += 2, dst += 32) {
-      dst[0] = n < a.Nk && d < a.D ? k[n * a.k_stride[2] + d] : 0;
-      dst[1] = n < a.Nk && d + 1 < a.D ? k[n * a.k_stride[2] + d + 1] : 0;
-    }
-    s.k_offset[n] = 0;
-  }
-}
+#include "attention_pack.h"
 
-// V: 16 channels x pairs of keys as int16.
-INLINE void pack_values(const Attention& a, const int8_t* v, const Buffers& s, int64_t groups) {
-  for (int64_t d = 0; d < a.D; d += kTile) {
-    const int64_t count = a.D - d < kTile ? a.D - d : kTile;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t n = 2 * g;
-      const vb lo = n < a.Nk ? load_16<vb>(v + n * a.v_stride[2] + d, count) : vb{};
-      const vb hi = n + 1 < a.Nk ? load_16<vb>(v + (n + 1) * a.v_stride[2] + d, count) : vb{};
-      store(s.v + (d / kTile * groups + g) * 64, (to_int(lo) & 0xffff) | (to_int(hi) << 16));
-    }
+INLINE void pack_head(const Attention& a, const Head& head, Work& s) {
+  pack_keys(head, s);
+  s.floats ? pack_float_values(head, s) : pack_values(head, s);
+  s.v_scale = s.v_scale_in_v ? 1.f : head.v_scale[0];
+  for (int64_t n = 1; s.weighted && n < head.Nk; ++n) {
+    const float scale = head.v_scale[n * head.v_scale_stride];
+    s.v_scale = scale > s.v_scale ? scale : s.v_scale;
+  }
+  s.k_scale_in_rows = a.softmax.coded && head.k_scale_stride == 0;
+  s.k_scale_max = 0;
+  for (int n = 0; n < kTiles * kTile; ++n) s.ones[n] = 1;
+  for (int64_t n = 0; n < s.padded_keys; ++n) {
+    const float scale = n < head.Nk ? head.k_scale[n * head.k_scale_stride] : 0.f;
+    s.k_scale_max = scale > s.k_scale_max ? scale : s.k_scale_max;
+    s.k_scale[n] = s.k_scale_in_rows ? 1.f : scale;
+    s.v_ratio[n] = s.weighted && n < head.Nk ? head.v_scale[n * head.v_scale_stride] / (s.v_scale > 1e-30f ? s.v_scale : 1e-30f) : 1.f;
   }
 }
-#endif
 
-// bias and key_bias added to one query's scores x, in place.
-void add_biases(const Attention& a, float* x, int64_t b, int64_t h, int64_t i) {
-  const float* bias = a.bias ? a.bias + b * a.bias_stride[0] + h * a.bias_stride[1] + i * a.bias_stride[2] : nullptr;
-  const float* key_bias = a.key_bias ? a.key_bias + b * a.key_bias_stride[0] : nullptr;
-  for (int64_t j = 0; bias && j < a.Nk; ++j) x[j] += bias[j * a.bias_stride[3]];
-  for (int64_t j = 0; key_bias && j < a.Nk; ++j) x[j] += key_bias[j * a.key_bias_stride[1]];
+// What biases add to the scores of query i, in the order of the reference; out may be the scores themselves.
+INLINE void add_biases(const Attention& a, const Head& head, int64_t i, float* out, bool first) {
+  const auto add = [&](auto&& value) {
+    for (int64_t j = 0; j < head.Nk; ++j) out[j] = first ? value(j) : out[j] + value(j);
+    first = false;
+  };
+  if (head.bias) {
+    const float* p = head.bias + i * a.bias_stride[2];
+    const int64_t stride = a.bias_stride[3];
+    stride == 1 ? add([=](int64_t j) { return p[j]; }) : add([=](int64_t j) { return p[j * stride]; });
+  }
+  if (head.grid_h) {
+    const float *y = head.grid_h + i * a.grid_h_stride[2], *x = head.grid_w + i * a.grid_w_stride[2];
+    const int64_t y_stride = a.grid_h_stride[3], x_stride = a.grid_w_stride[3], columns = a.grid_columns;
+    add([=](int64_t j) { return y[j / columns * y_stride] + x[j % columns * x_stride]; });
+  }
+  if (head.key_bias) add([p = head.key_bias, stride = a.key_bias_stride[1]](int64_t j) { return p[j * stride]; });
 }
 
-// The scores of `rows` queries to codes, and the sums of the 16-bit ones. The keys beyond the last become -inf: not seen.
-// The maxima of all rows come first: a row would wait for its own.
-INLINE void softmax_codes(const Attention& a, const Buffers& s, int rows, int64_t padded_keys, bool weighted, int64_t* totals) {
-  float top[kRows];
+// Scores of rows whose tiles did not finish them: the limit of a (softmax.h), biases in steps, keys that are not seen.
+INLINE void finish_scores(const Attention& a, const Head& head, const Work& s, int64_t i, int rows, const float* row_scale, bool limited) {
+  const float limit = score_limit(head.D), steps = a.softmax.bias_scale;
   for (int r = 0; r < rows; ++r) {
-    float* x = s.scores + r * padded_keys;
-    for (int64_t j = a.Nk; j < padded_keys; ++j) x[j] = -__builtin_inff();
-    vf peak = splat(-__builtin_inff());
-    for (int64_t j = 0; j < padded_keys; j += 16) peak = vmax(load<vf>(x + j), peak);
-    top[r] = hmax(peak);
+    float* x = s.scores + r * s.padded_keys;
+    for (int64_t j = 0; limited && j < head.Nk; ++j) {
+      const float scale = row_scale[r] * s.k_scale[j];
+      x[j] = x[j] * (scale < limit ? scale : limit);
+    }
+    if (!head.biased()) continue;
+    add_biases(a, head, i + r, s.row, true);
+    for (int64_t j = 0; j < head.Nk; ++j) {
+      const float b = s.row[j] * steps, up = b < -kLimit ? -kLimit : b, y = x[j] + (up > kLimit ? kLimit : up);
+      x[j] = s.row[j] == -__builtin_inff() ? kUnseen : y;
+    }
   }
+}
+
+// The scores of `rows` queries, in steps of the format, or scaled as they are for bytes.
+INLINE void score_rows(const Attention& a, const Head& head, const Work& s, int64_t i, int rows) {
+  const Softmax& f = a.softmax;
+  float row_scale[kRows], one = 1.f;
+  bool limited = false;
+  for (int r = 0; r < rows; ++r) {
+    rewrite_row(head.q + (i + r) * head.q_stride, s.q + r * s.q_stride, head.D, s.padded_d);
+    row_scale[r] = head.q_scale[(i + r) * head.q_scale_stride] * (f.coded ? f.score_scale : a.softmax_scale);
+    if (f.coded && s.k_scale_in_rows) {
+      const float scale = row_scale[r] * head.k_scale[0], limit = score_limit(head.D);
+      row_scale[r] = scale < limit ? scale : limit;
+    } else if (f.coded) {
+      limited = limited || row_scale[r] * s.k_scale_max > score_limit(head.D);
+    }
+  }
+  Tile t = {};
+  t.a = s.q, t.a_stride = s.q_stride, t.b_stride = s.k_tile, t.groups = s.q_groups, t.next = s.v;
+  t.x_scale = limited ? &one : row_scale, t.x_scale_stride = limited ? 0 : 1, t.out_stride = s.padded_keys;
+  for (int64_t n = 0; n < s.key_tiles; n += kTiles) {
+    t.b = s.k + n * s.k_tile, t.init = s.k_offset + n * kTile;
+    t.w_scale = limited ? s.ones : s.k_scale + n * kTile;
+    t.out = s.scores + n * kTile;
+    pick<CodeDot>(s.key_tiles - n < kTiles ? 1 : kTiles, rows, false)(t);
+  }
+  if (f.coded) {
+    finish_scores(a, head, s, i, rows, row_scale, limited);
+  } else {
+    for (int r = 0; head.biased() && r < rows; ++r) add_biases(a, head, i + r, s.scores + r * s.padded_keys, false);
+  }
+  const float unseen = f.coded ? kUnseen : -__builtin_inff();
+  for (int r = 0; r < rows; ++r)
+    for (int64_t j = head.Nk; j < s.padded_keys; ++j) s.scores[r * s.padded_keys + j] = unseen;
+}
+
+// Of the first query, whose scores are x: its probabilities.
+INLINE void emit_cls(const Head& head, const Work& s, const float* x, float top, float inverse, bool none) {
+  double total = 0;
+  for (int64_t j = 0; j < s.padded_keys; j += 16) store(s.row + j, relative(x + j, top, inverse));
+  for (int64_t j = 0; j < head.Nk; ++j) total += s.row[j] = none || x[j] <= kUnseen ? 0 : s.row[j];
+  for (int64_t j = 0; j < head.Nk; ++j) head.cls[j] = none ? 0 : (float)(s.row[j] / total);
+}
+
+// Scores to the operands of the product with v, and to the scale of that product. The maxima of all rows come first: a row
+// would wait for its own.
+INLINE void coded_rows(const Attention& a, const Head& head, const Work& s, int64_t i, int rows, float* out_scale) {
+  const Softmax& f = a.softmax;
+  const int32_t count = (int32_t)f.count;
+  float top[kRows];
+  for (int r = 0; r < rows; ++r) top[r] = row_maximum(s.scores + r * s.padded_keys, s.padded_keys);
+  for (int r = 0; r < rows; ++r) {
+    const float* x = s.scores + r * s.padded_keys;
+    const bool none = top[r] <= kUnseen;
+    float anchor = f.lse && !none ? log_sum(x, s.padded_keys, top[r], f) : top[r];
+    if (none) {
+      __builtin_memset(s.codes, 0, s.padded_keys);
+    } else if (f.thresholds) {
+      codes_by_thresholds(x, s.codes, s.padded_keys, anchor, f.thresholds, count);
+    } else if (f.lse) {
+      codes_below_sum(x, s.codes, s.padded_keys, anchor, f.shift, count);
+    } else {
+      codes_below_maximum(x, s.codes, s.padded_keys, top[r], count);
+      anchor = (float)nearest(anchor);
+    }
+    const int64_t at = r * s.p_stride;
+    float total;
+    if (s.floats) {
+      total = look_up(s.codes, f.values, (float*)(s.p + at), s.padded_keys);
+    } else {
+      int64_t sum = look_up(s.codes, f.low, (Byte*)(s.p + at), s.padded_keys);
+      if (f.high) sum += 256 * look_up(s.codes, f.high, (Byte*)(s.p_high + at), s.padded_keys);
+      total = (float)sum;
+    }
+    out_scale[r] = f.normalize ? (total > 0 ? s.v_scale / total : 0.f) : s.v_scale * f.unit;
+    if (head.cls && i + r == 0) emit_cls(head, s, x, top[r], f.inverse, none);
+    if (head.columns && !none) {
+      const float share = f.normalize ? 1 / total : f.unit;
+      for (int64_t j = 0; j < head.Nk; ++j)
+        head.columns[j] += f.values[s.codes[j]] * share;
+    }
+    if (head.lse) {
+      const double octaves = anchor / f.octave + (f.lse ? 0 : __builtin_log2((double)total * f.unit));
+      head.lse[i + r] = none ? -__builtin_inff() : (float)(octaves * 0.693147180559945);
+    }
+  }
+}
+
+// The same with bytes of an exponential. P is computed as 16-bit codes, whose sum is the denominator, and multiplied as
+// bytes: what a byte drops is added to the code of the key 16 further on, so that no part of a long tail is lost.
+INLINE void byte_rows(const Head& head, const Work& s, int64_t i, int rows, float* out_scale) {
+  float top[kRows];
+  for (int r = 0; r < rows; ++r) top[r] = row_maximum(s.scores + r * s.padded_keys, s.padded_keys);
   vi sum[kRows];
   for (int r = 0; r < rows; ++r) {
-    const float* x = s.scores + r * padded_keys;
-    uint8_t* p = s.p + r * padded_keys * (kVnni ? 1 : 2);
+    const float* x = s.scores + r * s.padded_keys;
+    Byte* p = (Byte*)(s.p + r * s.p_stride);
     sum[r] = {};
     if (top[r] == -__builtin_inff()) {  // every key masked: zeros
-      __builtin_memset(p, 0, padded_keys * (kVnni ? 1 : 2));
+      __builtin_memset(p, 0, s.p_stride);
       continue;
     }
     vi total = {}, carry = splat((int32_t)128);
-    for (int64_t j = 0; j < padded_keys; j += 16) {
-      const vf t = (load<vf>(x + j) - top[r]) * 1.44269504f;
-      const vf prob = exp2_small(vmax(t, -100.f));
+    for (int64_t j = 0; j < s.padded_keys; j += 16) {
+      const vf prob = relative(x + j, top[r], kLog2E);
       const vi wide = to_int(prob * 65280.f);  // 255 * 256
       total = total + wide;
-      const vi due = (weighted ? to_int(prob * load<vf>(s.v_ratio + j) * 65280.f) : wide) + carry;
+      const vi due = (s.weighted ? to_int(prob * load<vf>(s.v_ratio + j) * 65280.f) : wide) + carry;
       carry = due & 255;
       if constexpr (kVnni) store(p + j, to_bytes(due >> 8));
-      else store((int16_t*)p + j, to_words(due >> 8));
+      else store(p + j, to_words(due >> 8));
     }
     sum[r] = total;
   }
-  for (int r = 0; r < rows; ++r) totals[r] = hsum(sum[r]);
+  for (int r = 0; r < rows; ++r) {
+    const float total = (float)hsum(sum[r]), *x = s.scores + r * s.padded_keys;
+    const bool none = top[r] == -__builtin_inff();
+    out_scale[r] = total != 0 ? s.v_scale / (total * 0.00390625f) : 0.f;
+    if (head.cls && i + r == 0) emit_cls(head, s, x, top[r], kLog2E, none);
+    for (int64_t j = 0; head.columns && !none && j < s.padded_keys; j += 16)
+      store(s.row + j, to_float(to_int(relative(x + j, top[r], kLog2E) * 65280.f)) / total);
+    for (int64_t j = 0; head.columns && !none && j < head.Nk; ++j) head.columns[j] += s.row[j];
+    if (head.lse) head.lse[i + r] = none ? -__builtin_inff() : (float)(top[r] + __builtin_log(total / 65280.0));
+  }
+}
+
+// P V of `rows` queries, scaled, as floats or codes.
+template <class Dot>
+INLINE void multiply_rows(const Attention& a, const Head& head, const Work& s, int64_t i, int rows, const float* scale) {
+  float high_scale[kRows];
+  for (int r = 0; r < rows; ++r) high_scale[r] = scale[r] * 256;
+  alignas(64) float out_inv_scale[kTiles * kTile], unfinished[kRows * kTiles * kTile];
+  const int64_t width = a.H * head.D;
+  Tile t = {};
+  t.a = s.p, t.a_stride = s.p_stride, t.b_stride = s.v_tile, t.groups = s.key_groups, t.next = s.k;
+  t.x_scale = scale, t.x_scale_stride = 1, t.w_scale = s.ones, t.out_stride = kTiles * kTile;
+  t.out_inv_scale = out_inv_scale, t.out_codes = codes_of(8, 0);
+  for (int64_t n = 0; n < s.d_tiles; n += kTiles) {
+    const int tiles = s.d_tiles - n < kTiles ? 1 : kTiles;
+    const int64_t d = n * kTile, count = head.D - d < tiles * kTile ? head.D - d : tiles * kTile, at = head.out + i * width + d;
+    const bool codes = head.out_scale != nullptr, direct = count == tiles * kTile && !(codes && s.floats);
+    read_columns(out_inv_scale, head.out_scale, a.out_scale_stride, d, count);
+    if (codes) invert(out_inv_scale);
+    t.b = s.v + n * s.v_tile;
+    Tile last = t;
+    if (a.softmax.coded && a.softmax.high && !s.floats) {
+      t.out = s.low;
+      pick<Dot>(tiles, rows, false)(t);
+      last.a = s.p_high, last.x_scale = high_scale, last.residual = s.low, last.residual_stride = kTiles * kTile;
+    }
+    last.out = unfinished;
+    if (direct) last.out = codes ? (void*)((int8_t*)a.out + at) : (float*)a.out + at, last.out_stride = width;
+    pick<Dot>(tiles, rows, direct && codes)(last);
+    if (direct) continue;
+    for (int r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < count; c += kTile) {
+        const vf y = load<vf>(unfinished + r * kTiles * kTile + c);
+        const int64_t to = at + r * width + c;
+        if (codes) {
+          store_16((int8_t*)a.out + to, to_code(y * load<vf>(out_inv_scale + c), t.out_codes), count - c);
+        } else {
+          store_16((float*)a.out + to, y, count - c);
+        }
+      }
+  }
+}
+
+// Queries of a sequence without keys.
+INLINE void empty_rows(const Attention& a, const Head& head, int64_t i, int rows) {
+  const int64_t bytes = head.out_scale ? 1 : 4;
+  for (int r = 0; r < rows; ++r) {
+    __builtin_memset((char*)a.out + (head.out + (i + r) * a.H * head.D) * bytes, 0, head.D * bytes);
+    if (head.lse) head.lse[i + r] = -__builtin_inff();
+  }
 }
 
 void quant_attention(const Attention& a, int64_t q_blocks, int64_t item_begin, int64_t item_end) {
-  typedef typename std::conditional<kVnni, Dot8, Dot16>::type Dot;
-  const int64_t key_tiles = round_up(a.Nk, kTile) / kTile, padded_keys = key_tiles * kTile;
-  const int64_t d_tiles = round_up(a.D, kTile) / kTile, padded_d = round_up(a.D, 4), bytes = kVnni ? 1 : 2;
-  const int64_t q_stride = round_up(padded_d * bytes, 64), k_tile = padded_d * kTile * bytes;
-  const int64_t key_groups = (a.Nk * bytes + 3) / 4, v_tile = key_groups * 64, p_stride = padded_keys * bytes;
-  Buffers s;
-  uint8_t* next = (uint8_t*)scratch(
-      64 * 10 + kRows * q_stride + key_tiles * k_tile + d_tiles * v_tile + padded_keys * 4 * (kRows + 3) + kRows * p_stride, 0);
-  const auto take = [&next](int64_t size) { uint8_t* p = next; next += round_up(size, 64); return p; };
-  s.q = take(kRows * q_stride);
-  s.k = take(key_tiles * k_tile);
-  s.v = take(d_tiles * v_tile);
-  s.k_offset = (int32_t*)take(4 * padded_keys);
-  s.k_scale = (float*)take(4 * padded_keys);
-  s.v_ratio = (float*)take(4 * padded_keys);
-  s.scores = (float*)take(4 * kRows * padded_keys);
-  s.p = take(kRows * p_stride);
-  alignas(64) float ones[kTiles * kTile], out_inv_scale[kTiles * kTile], unfinished[kRows * kTiles * kTile];
-  for (float& x : ones) x = 1;
-
-  const int64_t per_block = round_up((a.Nq + q_blocks - 1) / q_blocks, kRows);
   int64_t packed = -1;
-  float v_scale = 1, row_scale[kRows];
-  bool weighted = false;
+  Head head = {};
+  Work s = {};
   for (int64_t item = item_begin; item < item_end; ++item) {
-    const int64_t head = item / q_blocks, b = head / a.H, h = head % a.H;
-    const int64_t i0 = item % q_blocks * per_block, i1 = i0 + per_block < a.Nq ? i0 + per_block : a.Nq;
-    if (i0 >= i1) continue;
-    if (head != packed) {
-      packed = head;
-      pack_keys(a, a.k + b * a.k_stride[0] + h * a.k_stride[1], s, key_tiles, padded_d);
-      pack_values(a, a.v + b * a.v_stride[0] + h * a.v_stride[1], s, key_groups);
-      const float* ks = a.k_scale + b * a.k_scale_stride[0] + h * a.k_scale_stride[1];
-      const float* vs_ = a.v_scale + b * a.v_scale_stride[0] + h * a.v_scale_stride[1];
-      weighted = a.v_scale_stride[2] != 0;  // a scale per key goes into P, relative to the largest
-      v_scale = vs_[0];
-      for (int64_t n = 1; weighted && n < a.Nk; ++n) v_scale = vs_[n * a.v_scale_stride[2]] > v_scale ? vs_[n * a.v_scale_stride[2]] : v_scale;
-      for (int64_t n = 0; n < padded_keys; ++n) {
-        s.k_scale[n] = n < a.Nk ? ks[n * a.k_scale_stride[2]] : 0.f;
-        s.v_ratio[n] = weighted && n < a.Nk ? vs_[n * a.v_scale_stride[2]] / (v_scale > 1e-30f ? v_scale : 1e-30f) : 1.f;
-      }
+    const int64_t block = item % q_blocks;
+    if (item / q_blocks != packed) {
+      packed = item / q_blocks;
+      head = head_of(a, packed / a.H, packed % a.H);
+      if (head.Nk) s = work_of(a, head), pack_head(a, head, s);
     }
-    const int8_t* q = a.q + b * a.q_stride[0] + h * a.q_stride[1];
-    const float* q_scale = a.q_scale + b * a.q_scale_stride[0] + h * a.q_scale_stride[1];
+    if (a.columns) {
+      const int64_t of = a.q_ends ? packed % a.H : packed, from = a.q_ends ? a.k_ends[packed / a.H] : 0;
+      head.columns = a.columns + (of * q_blocks + block) * a.Nk + from;
+    }
+    const int64_t per_block = round_up((head.Nq + q_blocks - 1) / q_blocks, kRows), i0 = block * per_block;
+    const int64_t i1 = i0 + per_block < head.Nq ? i0 + per_block : head.Nq;
     for (int64_t i = i0; i < i1; i += kRows) {
       const int rows = i1 - i < kRows ? (int)(i1 - i) : kRows;
-      for (int r = 0; r < rows; ++r) {
-        rewrite_row(q + (i + r) * a.q_stride[2], s.q + r * q_stride, a.D, padded_d);
-        row_scale[r] = q_scale[(i + r) * a.q_scale_stride[2]] * a.softmax_scale;
+      if (head.Nk == 0) {
+        empty_rows(a, head, i, rows);
+        continue;
       }
-      Tile qk = {};
-      qk.a = s.q, qk.a_stride = q_stride, qk.b_stride = k_tile, qk.groups = padded_d * bytes / 4, qk.next = s.v;
-      qk.x_scale = row_scale, qk.x_scale_stride = 1, qk.out_stride = padded_keys;
-      for (int64_t t = 0; t < key_tiles; t += kTiles) {
-        qk.b = s.k + t * k_tile, qk.init = s.k_offset + t * kTile, qk.w_scale = s.k_scale + t * kTile;
-        qk.out = s.scores + t * kTile;
-        pick<Dot>(key_tiles - t < kTiles ? 1 : kTiles, rows, false)(qk);
-      }
-      for (int r = 0; (a.bias || a.key_bias) && r < rows; ++r) add_biases(a, s.scores + r * padded_keys, b, h, i + r);
-      int64_t totals[kRows];
-      softmax_codes(a, s, rows, padded_keys, weighted, totals);
-      for (int r = 0; r < rows; ++r) row_scale[r] = totals[r] ? v_scale / ((float)totals[r] * 0.00390625f) : 0.f;
-      Tile pv = {};
-      pv.a = s.p, pv.a_stride = p_stride, pv.b_stride = v_tile, pv.groups = key_groups, pv.next = s.k;
-      pv.x_scale = row_scale, pv.x_scale_stride = 1, pv.w_scale = ones;
-      pv.out_inv_scale = out_inv_scale, pv.out_codes = codes_of(8, 0);
-      for (int64_t t = 0; t < d_tiles; t += kTiles) {
-        const int tiles = d_tiles - t < kTiles ? 1 : kTiles;
-        const int64_t d = t * kTile, count = a.D - d < tiles * kTile ? a.D - d : tiles * kTile;
-        const int64_t at = (b * a.Nq + i) * a.H * a.D + h * a.D + d;
-        const bool direct = count == tiles * kTile;
-        read_columns(out_inv_scale, a.out_scale, a.out_scale_stride, h * a.D + d, count);
-        if (a.out_scale) invert(out_inv_scale);
-        pv.b = s.v + t * v_tile;
-        pv.out = unfinished, pv.out_stride = kTiles * kTile;
-        if (direct) pv.out = a.out_scale ? (void*)((int8_t*)a.out + at) : (float*)a.out + at, pv.out_stride = a.H * a.D;
-        pick<Dot>(tiles, rows, direct && a.out_scale)(pv);
-        if (direct) continue;
-        for (int r = 0; r < rows; ++r)
-          for (int64_t n = 0; n < count; n += kTile) {
-            const vf y = load<vf>(unfinished + r * kTiles * kTile + n);
-            const int64_t to = at + r * a.H * a.D + n;
-            if (a.out_scale) {
-              const vb codes = to_code(y * load<vf>(out_inv_scale + n), pv.out_codes);
-              store_16((int8_t*)a.out + to, codes, count - n);
-            } else {
-              store_16((float*)a.out + to, y, count - n);
-            }
-          }
+      float scale[kRows];
+      score_rows(a, head, s, i, rows);
+      a.softmax.coded ? coded_rows(a, head, s, i, rows, scale) : byte_rows(head, s, i, rows, scale);
+      if (s.floats) {
+        multiply_rows<DotF>(a, head, s, i, rows, scale);
+      } else {
+        multiply_rows<CodeDot>(a, head, s, i, rows, scale);
       }
     }
   }

@@ -56,6 +56,15 @@ const char* select_isa(const char* name) {
   return nullptr;
 }
 
+bool has_vbmi() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512vbmi");
+  return has;
+#else
+  return false;
+#endif
+}
+
 void* scratch(size_t bytes, int slot) {
   static thread_local Buffer buffers[4];
   Buffer& b = buffers[slot];

@@ -15,6 +15,7 @@ namespace avx2_ {
 #include "tile.h"
 #include "gemm.h"
 #include "rows.h"
+#include "softmax.h"
 #include "attention.h"
 }  // namespace avx2_
 const Kernels kAvx2 = {"avx2", avx2_::lowbit_linear, avx2_::weight_only_linear, avx2_::quantize, avx2_::norm_quant,

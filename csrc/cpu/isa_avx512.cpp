@@ -15,6 +15,7 @@ namespace avx512_ {
 #include "tile.h"
 #include "gemm.h"
 #include "rows.h"
+#include "softmax.h"
 #include "attention.h"
 }  // namespace avx512_
 const Kernels kAvx512 = {"avx512_vnni", avx512_::lowbit_linear, avx512_::weight_only_linear, avx512_::quantize, avx512_::norm_quant,

@@ -12,6 +12,7 @@ namespace portable_ {
 #include "tile.h"
 #include "gemm.h"
 #include "rows.h"
+#include "softmax.h"
 #include "attention.h"
 }  // namespace portable_
 const Kernels kPortable = {"portable", portable_::lowbit_linear, portable_::weight_only_linear, portable_::quantize, portable_::norm_quant,

@@ -78,13 +78,30 @@ struct Rows {
   float* out_scale;  // (M,), dynamic only
 };
 
+// The probabilities (formats/softmax.py). A code c = L - k, 0 for an exact zero, stands for table[c].
+struct Softmax {
+  bool coded;  // false: diffused bytes, and nothing below is read
+  int64_t count;  // L
+  float octave, inverse;  // steps of an octave, 1 with thresholds; 1 / octave
+  float score_scale, bias_scale;  // softmax_scale log2(e) steps, log2(e) steps
+  float shift, unit;
+  bool lse, normalize;
+  const float* thresholds;  // L of them, or null
+  // What a code stands for: low + 256 high, high null where it is zero throughout; or, low null, a float.
+  const uint8_t *low, *high;
+  const float* values;
+};
+
 struct Attention {
   const int8_t *q, *k, *v;  // element (b, h, n, d) at b * stride[0] + h * stride[1] + n * stride[2] + d
   int64_t q_stride[3], k_stride[3], v_stride[3];
   const float *q_scale, *k_scale, *v_scale;
   int64_t q_scale_stride[3], k_scale_stride[3], v_scale_stride[3];
+  const float* v_float;  // in place of v, or null
   const float* bias;  // additive (B, H, Nq, Nk) through strides, or null
   int64_t bias_stride[4];
+  const float *grid_h, *grid_w;  // (B, H, Nq, Kh) and (B, H, Nq, Kw): key j gets h[j / Kw] + w[j % Kw]; or null
+  int64_t grid_h_stride[4], grid_w_stride[4], grid_columns;
   const float* key_bias;  // (B, Nk), or null
   int64_t key_bias_stride[2];
   float softmax_scale;
@@ -92,6 +109,12 @@ struct Attention {
   const float* out_scale;  // null: float32 out
   int64_t out_scale_stride;
   void* out;  // (B, Nq, H * D)
+  Softmax softmax;
+  // Wanted besides, or null: the first query's probabilities (B, H, Nk); log-sum-exp (B, H, Nq); what each key got, a sum
+  // for each block of queries (B, H, q_blocks, Nk), zero before.
+  float *cls, *lse, *columns;
+  // Packed: B is the number of sequences, sequence b has the tokens ends[b] .. ends[b + 1] of all; or null.
+  const int32_t *q_ends, *k_ends;  // Nq and Nk are then those of all sequences
 };
 
 struct Kernels {
@@ -110,6 +133,7 @@ struct Kernels {
 extern const Kernels kAvx512, kAvx2, kPortable;
 const Kernels& kernels();
 const char* select_isa(const char* name);  // "best", "avx512_vnni", "avx2", "portable"; null when this CPU lacks it
+bool has_vbmi();
 // This thread's buffer, 64-byte aligned, kept between calls. Slots 0 and 1 are the kernels', 2 and 3 their callers'.
 void* scratch(size_t bytes, int slot);
 

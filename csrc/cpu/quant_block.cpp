@@ -87,6 +87,7 @@ struct Block {
   std::optional<at::Tensor> fc2_table;
   int64_t N, C, H, D, hidden, tokens;  // of one image; tokens: how many are wanted
   float softmax_scale;
+  Softmax softmax;
 
   int64_t inner() const { return H * D; }
 
@@ -142,9 +143,9 @@ struct Block {
     part(0, a.q, a.q_stride, a.q_scale, a.q_scale_stride);
     part(1, a.k, a.k_stride, a.k_scale, a.k_scale_stride);
     part(2, a.v, a.v_stride, a.v_scale, a.v_scale_stride);
-    a.softmax_scale = softmax_scale;
+    a.softmax_scale = softmax_scale, a.softmax = softmax;
     a.H = H, a.Nq = tokens, a.Nk = N, a.D = D, a.out = shared.attended;
-    parallel_attention(a, images);
+    parallel_attention(a, images, query_blocks(a, images));
   }
 
   void from_attention(const float* x, const Shared& shared, float* out, int64_t M) const {
@@ -268,6 +269,8 @@ at::Tensor quant_block(
     qkv_scale = head_scale->expand({3, H, D}).reshape({3 * inner});
   }
   check_bits(head_bits);
+  SoftmaxTables tables;
+  tables.read(p_values, std::nullopt, p_steps, 0, 1, 0, "max", true, softmax_scale);
   const Block block = {
       norm_of(norm1_weight, norm1_bias, qkv_x_scale, C), norm_of(norm2_weight, norm2_bias, fc1_x_scale, C), norm1_eps, norm2_eps,
       Linear(qkv_w, qkv_w_scale, qkv_bias, C, qkv_x_bits, qkv_x_clip, "qkv"),
@@ -277,7 +280,7 @@ at::Tensor quant_block(
       float_features(layer_scale1, C, "layer_scale1"), float_features(layer_scale2, C, "layer_scale2"),
       head_scale ? std::optional<at::Tensor>(head_scale->contiguous()) : std::nullopt, qkv_scale,
       one_or_all(fc2_x_scale, hidden, "fc2_x_scale"), parse_activation(activation), head_bits, fc2_x_zero_point, fc2_x_minimum,
-      code_table(fc2_x_table, fc2_x_bits), N, C, H, D, hidden, tokens, (float)softmax_scale};
+      code_table(fc2_x_table, fc2_x_bits), N, C, H, D, hidden, tokens, (float)softmax_scale, tables.softmax};
   const at::Tensor out = at::empty({B, tokens, C}, x.options());
   if (out.numel() == 0) return out;
   // A few images at a time, enough rows for all threads: what the threads share then stays in cache.

@@ -173,7 +173,7 @@ def _coded(
     p_normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weights (B, H, Nq, Nk), log-sum-exp, and (B, H, Nq, D)."""
-    anchor = top
+    anchor = torch.round(top) if p_anchor == "max" and p_thresholds is None else top
     if p_anchor == "lse":
         share = f.sum(dim=-1, keepdim=True).float() * torch.tensor(1 / FULL, dtype=torch.float32)
         anchor = top + log2(share.clamp_min(1)) * octave
@@ -205,7 +205,7 @@ def codes(t: Tensor, anchor: Tensor, p_thresholds: Tensor | None, p_shift: float
     if p_thresholds is not None:
         k = torch.bucketize(-(t - anchor).contiguous(), -p_thresholds, right=False)
     elif p_anchor == "max":
-        k = torch.round(anchor) - torch.round(t)
+        k = anchor - torch.round(t)
     else:
         k = torch.round(anchor - t + torch.tensor(p_shift, dtype=torch.float32))
     return k.clamp(0, L).long().masked_fill(unseen, L)
