@@ -102,6 +102,8 @@ def _adapted(table: str, make: Callable[[Any], nn.Module]) -> Callable[[nn.Modul
 def _found_block(record: ImportedModel, name: str, parts: AttentionParts) -> ImportedBlock:
     if parts.q_norm is not None or parts.k_norm is not None:
         raise Unsupported("norms of q and k, which no importer reads")
+    if parts.has_position:
+        raise Unsupported("relative or rotary position inside the attention, which no importer reads")
     return record.block(name, parts.num_heads)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from pyvit_accel.errors import Unsupported
@@ -19,6 +20,11 @@ LAYER_NORMS = (
     "torch.nn.modules.normalization.LayerNorm",
     "timm.layers.norm.LayerNorm",
     "timm.layers.norm.LayerNormFp32",
+)
+RMS_NORMS = (
+    "torch.nn.modules.normalization.RMSNorm",
+    "timm.layers.norm.RmsNorm",
+    "timm.layers.norm.RmsNormFp32",
 )
 ACTIVATIONS = {
     "timm.layers.activations.GELU": "gelu",
@@ -107,6 +113,42 @@ def read_norm(module: nn.Module, name: str) -> nn.LayerNorm:
     return norm.train(module.training)
 
 
+def read_head_norm(module: nn.Module, name: str) -> nn.LayerNorm | nn.RMSNorm | None:
+    """A norm over head_dim; None for nn.Identity."""
+    if isinstance(module, nn.Identity):
+        return None
+    if dotted_name(type(module)) not in RMS_NORMS:
+        if dotted_name(type(module)) not in LAYER_NORMS:
+            raise Unsupported(f"{name} is {type(module).__name__}, neither LayerNorm nor RMSNorm")
+        return read_norm(module, name)
+    like = {} if module.weight is None else {"device": module.weight.device, "dtype": module.weight.dtype}
+    eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+    norm = nn.RMSNorm(module.normalized_shape, eps, **like)
+    if module.weight is not None:
+        norm.weight = module.weight
+    return norm.train(module.training)
+
+
+class SharedLinear(nn.Linear):
+    """A Linear of parameters that another module multiplies with by itself; calibration never sees it called.
+
+    A class of its own: rules for nn.Linear must not take it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(*reversed(weight.shape), bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+
+def read_qkv_biases(module: nn.Module) -> nn.Linear:
+    """qkv of a module that keeps its bias apart, as q_bias, k_bias and v_bias, and may add it to the product itself."""
+    weight = read_linear(module.qkv, "qkv").weight
+    if module.q_bias is None:
+        return module.qkv
+    return SharedLinear(weight, torch.cat([module.q_bias, module.k_bias, module.v_bias]))
+
+
 def read_activation(module: nn.Module) -> str:
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
@@ -121,10 +163,11 @@ def read_attention(
     proj: nn.Linear,
     num_heads: int,
     scale: float,
-    q_norm: nn.LayerNorm | None = None,
-    k_norm: nn.LayerNorm | None = None,
+    q_norm: nn.LayerNorm | nn.RMSNorm | None = None,
+    k_norm: nn.LayerNorm | nn.RMSNorm | None = None,
+    **position,
 ) -> AttentionParts:
-    """AttentionParts, with the widths checked."""
+    """AttentionParts, with the widths checked. position: the fields of AttentionParts after k_norm."""
     C = qkv[0].in_features
     widths = {linear.out_features for linear in qkv}
     if widths != {3 * C if len(qkv) == 1 else C} or (proj.in_features, proj.out_features) != (C, C):
@@ -137,7 +180,7 @@ def read_attention(
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None and tuple(norm.normalized_shape) != (C // num_heads,):
             raise Unsupported(f"{name} is over {tuple(norm.normalized_shape)}, not over head_dim={C // num_heads}")
-    return AttentionParts(qkv, proj, num_heads, float(scale), q_norm, k_norm)
+    return AttentionParts(qkv, proj, num_heads, float(scale), q_norm, k_norm, **position)
 
 
 def read_block(

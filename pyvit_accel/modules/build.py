@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from pyvit_accel import calibrate
 from pyvit_accel.calibrate import Activation, BlockPlan, LinearPlan, Observed
+from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import packed
 
 from .parts import AttentionParts, BlockParts, MlpParts
+from .position import Position
 from .quant_attention import QuantAttention
 from .quant_block import QuantBlock
 from .quant_linear import QuantLinear, check_finite, check_weight
@@ -68,7 +70,7 @@ class Scheme:
 
     def bits(self, linear: nn.Linear) -> dict[str, int]:
         """w_bits and x_bits of a Linear."""
-        name = "" if self.observed is None else self.observed.name(linear)
+        name = self.observed.name(linear) if _is_watched(linear, self.observed) else ""
         for glob, w_bits, x_bits in self.layers:
             if fnmatchcase(name, glob):
                 return {"w_bits": w_bits, "x_bits": x_bits}
@@ -185,7 +187,8 @@ def _norm_and_linear(
 def _head_scale(parts: AttentionParts, scheme: Scheme) -> Tensor | None:
     """Static scales of q, k and v (3, H, 1), where calibration saw their codes' values."""
     # Codes of q and k would have to be written before their norm; with one, scales are found per token and head.
-    if scheme.observed is None or parts.q_norm is not None or parts.k_norm is not None:
+    floats = (parts.q_norm, parts.k_norm, parts.tables, parts.gain, parts.rotary or None)
+    if any(part is not None for part in floats) or not _is_watched(parts.qkv[0], scheme.observed):
         return None
     scale = partial(scheme.symmetric, groups=parts.num_heads, bits=scheme.head_bits)
     return torch.stack([scale(x) for x in _split(parts.qkv, scheme.observed)])[..., None]
@@ -200,8 +203,30 @@ def _attention(
         new.set_head_scale(head_scale)
     for name in ("q_norm", "k_norm"):
         norm = getattr(parts, name)
-        setattr(new, name, None if norm is None else _norm(norm, norm.weight, norm.bias))
+        setattr(new, name, None if norm is None else _norm(norm, norm.weight, getattr(norm, "bias", None)))
+    new.position = _position(parts)
     return new
+
+
+def _position(parts: AttentionParts) -> Position | None:
+    if not parts.has_position:
+        return None
+    tensors = (parts.bias, *(parts.tables or (None, None)), parts.gain)
+    for t in tensors:
+        check_finite("relative position", t)
+    bias, table_h, table_w, gain = (None if t is None else t.detach().float().clone() for t in tensors)
+    return Position(bias, None if parts.tables is None else (table_h, table_w), gain, parts.rotary)
+
+
+def _is_watched(linear: nn.Linear, observed: Observed | None) -> bool:
+    """Whether calibration knew of it: adapters make Linears of bare parameters, whose inputs nothing sees."""
+    if observed is None:
+        return False
+    try:
+        observed.name(linear)
+    except Unsupported:
+        return False
+    return True
 
 
 def _fc2(fc2: nn.Linear, scheme: Scheme) -> LinearPlan:
@@ -234,11 +259,12 @@ def _split(qkv: tuple[nn.Linear, ...], observed: Observed) -> tuple[Activation, 
     return tuple(Activation(*part, y.count) for part in zip(*fields, strict=True))
 
 
-def _norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> nn.LayerNorm:
-    """A LayerNorm like `norm` with this weight and bias, float32, frozen."""
-    check_finite("norm weight", weight)
-    check_finite("norm bias", bias)
-    new = nn.LayerNorm(norm.normalized_shape, norm.eps, device=weight.device).requires_grad_(False)
-    new.weight.copy_(weight.detach())
-    new.bias.copy_(bias.detach())
+def _norm(norm: nn.LayerNorm | nn.RMSNorm, weight: Tensor, bias: Tensor | None) -> nn.LayerNorm | nn.RMSNorm:
+    """A norm like `norm` with this weight and bias, float32, frozen."""
+    kind = nn.RMSNorm if isinstance(norm, nn.RMSNorm) else nn.LayerNorm
+    new = kind(norm.normalized_shape, norm.eps, device=weight.device).requires_grad_(False)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check_finite(f"norm {name}", t)
+            getattr(new, name).copy_(t.detach())
     return new

@@ -15,14 +15,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """qkv is one fused Linear (3 C, C), rows ordered q, k, v and head-major inside each, or three Linears (C, C)."""
+    """qkv is one fused Linear (3 C, C), rows ordered q, k, v and head-major inside each, or three Linears (C, C).
+
+    bias to rotary: what position adds, as in modules/position.py.
+    """
 
     qkv: tuple[nn.Linear, ...]
     proj: nn.Linear
     num_heads: int
     scale: float  # multiplies q k^T before the softmax
-    q_norm: nn.LayerNorm | None = None  # over head_dim, after the split into heads
-    k_norm: nn.LayerNorm | None = None
+    q_norm: nn.LayerNorm | nn.RMSNorm | None = None  # over head_dim, after the split into heads
+    k_norm: nn.LayerNorm | nn.RMSNorm | None = None
+    bias: Tensor | None = None  # (H, N, N)
+    tables: tuple[Tensor, Tensor] | None = None  # (2 h - 1, D), (2 w - 1, D)
+    gain: Tensor | None = None  # (H,); scale is 1
+    rotary: str = ""  # "half" | "interleaved"
+
+    @property
+    def has_position(self) -> bool:
+        return bool(self.rotary) or any(part is not None for part in (self.bias, self.tables, self.gain))
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pyvit_accel import ops
 
 from .gradient import refuse_gradient
+from .position import Position
 from .quant_linear import QuantLinear
+
+NORMS = ("q_norm", "k_norm")
 
 
 class QuantAttention(nn.Module):
-    """softmax(q k^T scale + mask) v, projected; x (B, N, C) float in and out.
+    """softmax(q k^T scale + mask) v, projected; x (B, N, C) or, a grid of tokens, (B, h, w, C), float in and out.
 
     head_scale  (3, H, 1)  static scales of q, k and v per head; None: one per token and head, found at run time
     qkv_scale   (3 C,)     the same, one per output feature of the qkv matmul, which writes the codes
     head_bits               2 to 8, of the codes of q, k and v
+    q_norm, k_norm          over head_dim, or None; position: None, or what rotates q and k and is added to the scores
 
     The attention output is quantised per token: its range varies most between tokens, and it is small.
     """
@@ -35,8 +41,9 @@ class QuantAttention(nn.Module):
         self.head_dim = proj.in_features // num_heads
         self.p_steps, self.p_operand = 0.0, ""
         self.register_buffer("p_values", None)
-        self.q_norm: nn.LayerNorm | None = None
-        self.k_norm: nn.LayerNorm | None = None
+        self.q_norm: nn.LayerNorm | nn.RMSNorm | None = None
+        self.k_norm: nn.LayerNorm | nn.RMSNorm | None = None
+        self.position: Position | None = None
         self.register_buffer("head_scale", torch.ones(3, num_heads, 1) if static else None)
         self.register_buffer("qkv_scale", torch.ones(qkv.out_features) if static else None)
 
@@ -50,26 +57,47 @@ class QuantAttention(nn.Module):
         B, N, _ = qkv.shape
         return qkv.view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _quantize_heads(self, x: Tensor, norm: nn.LayerNorm | None = None) -> tuple[Tensor, Tensor]:
+    def _quantize_heads(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Float (B, H, N, D) to codes and scale (B, H, N), through the norm if there is one."""
         x = x.transpose(1, 2)
-        if norm is None:
-            codes, scale = ops.quantize(x, bits=self.head_bits)
-        else:
+        if isinstance(norm, nn.LayerNorm):
             codes, scale = ops.norm_quant(x, norm.weight, norm.bias, eps=norm.eps, bits=self.head_bits)
+        else:
+            codes, scale = ops.quantize(x if norm is None else norm(x), bits=self.head_bits)
         return codes.transpose(1, 2), scale.view(x.shape[:-1]).transpose(1, 2)
 
-    def attend(self, codes: Tensor, scale: Tensor, attn_mask: Tensor | None = None, **epilogue) -> Tensor:
-        """Int8 codes (B, N, C) of normalised tokens to the projection's output; epilogue as in ops.lowbit_linear."""
+    def _heads(
+        self, codes: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor] | None, grid: Sequence[int]
+    ) -> tuple[tuple[tuple[Tensor, Tensor], ...], tuple[Tensor, Tensor] | None]:
+        """(codes, scale) of q, k and v, and what their place on the grid adds to the scores."""
         if self.head_scale is not None:
             qkv = self.qkv.matmul(codes, scale, out_scale=self.qkv_scale, out_bits=self.head_bits)
-            q, k, v = self._split(qkv)
-            q_scale, k_scale, v_scale = self.head_scale
-        else:
-            q, k, v = self._split(self.qkv.matmul(codes, scale))
-            (q, q_scale), (k, k_scale) = self._quantize_heads(q, self.q_norm), self._quantize_heads(k, self.k_norm)
-            v, v_scale = self._quantize_heads(v)
+            return tuple(zip(self._split(qkv), self.head_scale, strict=True)), None
+        q, k, v = self._split(self.qkv.matmul(codes, scale))
+        norms, grid_bias = (self.q_norm, self.k_norm), None
+        if self.position is not None and self.position.reads_heads:
+            q, k = (x if norm is None else norm(x) for x, norm in zip((q, k), norms, strict=True))
+            norms, grid_bias = (None, None), self.position.grid_bias(q, grid)
+            q, k = self.position.heads(q, k, rotary)
+        heads = zip((q, k, v), (*norms, None), strict=True)
+        return tuple(self._quantize_heads(x, norm) for x, norm in heads), grid_bias
+
+    def attend(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        attn_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        grid: Sequence[int] = (),
+        **epilogue,
+    ) -> Tensor:
+        """Int8 codes (B, N, C) of normalised tokens to the projection's output; epilogue as in ops.lowbit_linear.
+
+        rotary and grid are for a position: its cos and sin, and the rows and columns of N tokens.
+        """
+        ((q, q_scale), (k, k_scale), (v, v_scale)), grid_bias = self._heads(codes, scale, rotary, grid)
         boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+        bias = None if boolean else attn_mask
         out = ops.quant_attention(
             q,
             k,
@@ -79,13 +107,20 @@ class QuantAttention(nn.Module):
             v_scale,
             self.scale,
             mask=attn_mask if boolean else None,
-            bias=None if boolean else attn_mask,
+            bias=bias if self.position is None else self.position.add_bias(bias),
+            grid_bias=grid_bias,
         )
         return self.proj.matmul(*self.proj.quantize(out), **epilogue)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """attn_mask as in F.scaled_dot_product_attention: bool, True is seen, or float, added; (B | 1, H | 1, N, N)."""
-        return refuse_gradient(self.attend(*self.qkv.quantize(x), attn_mask).to(x.dtype), x)
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """attn_mask as in F.scaled_dot_product_attention: bool, True is seen, or float, added; (B | 1, H | 1, N, N).
+
+        rotary: cos and sin, as in Position.heads.
+        """
+        out = self.attend(*self.qkv.quantize(x.flatten(1, -2)), attn_mask, rotary, x.shape[1:-1])
+        return refuse_gradient(out.to(x.dtype).view(x.shape), x)
 
     def config(self) -> dict:
         return {
@@ -97,15 +132,20 @@ class QuantAttention(nn.Module):
             "head_bits": self.head_bits,
             "q_norm": None if self.q_norm is None else self.q_norm.eps,
             "k_norm": None if self.k_norm is None else self.k_norm.eps,
+            "rms_norms": [name for name in NORMS if isinstance(getattr(self, name), nn.RMSNorm)],
+            "position": None if self.position is None else self.position.config(),
         }
 
     @classmethod
     def from_config(cls, config: dict) -> QuantAttention:
         qkv, proj = QuantLinear(**config["qkv"]), QuantLinear(**config["proj"])
         new = cls(qkv, proj, config["num_heads"], config["scale"], config["static"], config["head_bits"])
-        for name in ("q_norm", "k_norm"):
+        for name in NORMS:
             if config[name] is not None:
-                setattr(new, name, nn.LayerNorm(new.head_dim, config[name]))
+                norm = nn.RMSNorm if name in config.get("rms_norms", ()) else nn.LayerNorm
+                setattr(new, name, norm(new.head_dim, config[name]))
+        if config.get("position") is not None:
+            new.position = Position.from_config(config["position"])
         return new
 
     def extra_repr(self) -> str:
