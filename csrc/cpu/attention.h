@@ -177,45 +177,49 @@ INLINE void emit_cls(const Head& head, const Work& s, const float* x, float top,
   for (int64_t j = 0; j < head.Nk; ++j) head.cls[j] = none ? 0 : (float)(s.row[j] / total);
 }
 
+// The operands of the product with v for row r, from its scores x by way of codes; returns their sum.
+INLINE float code_row(const Softmax& f, const Work& s, int r, const float* x, float top, float anchor) {
+  const int32_t count = (int32_t)f.count;
+  if (top <= kUnseen) {
+    __builtin_memset(s.codes, 0, s.padded_keys);
+  } else if (f.thresholds) {
+    codes_by_thresholds(x, s.codes, s.padded_keys, anchor, f.thresholds, count);
+  } else if (f.lse) {
+    codes_below_sum(x, s.codes, s.padded_keys, anchor, f.shift, count);
+  } else {
+    codes_below_maximum(x, s.codes, s.padded_keys, top, count);
+  }
+  const int64_t at = r * s.p_stride;
+  if (s.floats) return look_up(s.codes, f.values, (float*)(s.p + at), s.padded_keys);
+  const int64_t low = look_up(s.codes, f.low, (Byte*)(s.p + at), s.padded_keys);
+  return (float)(low + (f.high ? 256 * look_up(s.codes, f.high, (Byte*)(s.p_high + at), s.padded_keys) : 0));
+}
+
 // Scores to the operands of the product with v, and to the scale of that product. The maxima of all rows come first: a row
 // would wait for its own.
 INLINE void coded_rows(const Attention& a, const Head& head, const Work& s, int64_t i, int rows, float* out_scale) {
   const Softmax& f = a.softmax;
-  const int32_t count = (int32_t)f.count;
-  float top[kRows];
+  const bool steps_of_max = !f.lse && !f.thresholds;
+  float top[kRows], total[kRows];
   for (int r = 0; r < rows; ++r) top[r] = row_maximum(s.scores + r * s.padded_keys, s.padded_keys);
+  bool found = false;
+#if defined(USE_AVX512_VNNI)
+  found = steps_of_max && !s.floats && f.count < 128 && !head.columns && has_vbmi();
+  if (found) look_up_rows_vbmi(s.scores, rows, s.padded_keys, top, f, s.p, s.p_high, total);
+#endif
   for (int r = 0; r < rows; ++r) {
     const float* x = s.scores + r * s.padded_keys;
     const bool none = top[r] <= kUnseen;
-    float anchor = f.lse && !none ? log_sum(x, s.padded_keys, top[r], f) : top[r];
-    if (none) {
-      __builtin_memset(s.codes, 0, s.padded_keys);
-    } else if (f.thresholds) {
-      codes_by_thresholds(x, s.codes, s.padded_keys, anchor, f.thresholds, count);
-    } else if (f.lse) {
-      codes_below_sum(x, s.codes, s.padded_keys, anchor, f.shift, count);
-    } else {
-      codes_below_maximum(x, s.codes, s.padded_keys, top[r], count);
-      anchor = (float)nearest(anchor);
-    }
-    const int64_t at = r * s.p_stride;
-    float total;
-    if (s.floats) {
-      total = look_up(s.codes, f.values, (float*)(s.p + at), s.padded_keys);
-    } else {
-      int64_t sum = look_up(s.codes, f.low, (Byte*)(s.p + at), s.padded_keys);
-      if (f.high) sum += 256 * look_up(s.codes, f.high, (Byte*)(s.p_high + at), s.padded_keys);
-      total = (float)sum;
-    }
-    out_scale[r] = f.normalize ? (total > 0 ? s.v_scale / total : 0.f) : s.v_scale * f.unit;
+    const float anchor = none || steps_of_max ? (float)nearest(top[r]) : f.lse ? log_sum(x, s.padded_keys, top[r], f) : top[r];
+    if (!found) total[r] = code_row(f, s, r, x, top[r], anchor);
+    out_scale[r] = f.normalize ? (total[r] > 0 ? s.v_scale / total[r] : 0.f) : s.v_scale * f.unit;
     if (head.cls && i + r == 0) emit_cls(head, s, x, top[r], f.inverse, none);
     if (head.columns && !none) {
-      const float share = f.normalize ? 1 / total : f.unit;
-      for (int64_t j = 0; j < head.Nk; ++j)
-        head.columns[j] += f.values[s.codes[j]] * share;
+      const float share = f.normalize ? 1 / total[r] : f.unit;
+      for (int64_t j = 0; j < head.Nk; ++j) head.columns[j] += f.values[s.codes[j]] * share;
     }
     if (head.lse) {
-      const double octaves = anchor / f.octave + (f.lse ? 0 : __builtin_log2((double)total * f.unit));
+      const double octaves = anchor / f.octave + (f.lse ? 0 : __builtin_log2((double)total[r] * f.unit));
       head.lse[i + r] = none ? -__builtin_inff() : (float)(octaves * 0.693147180559945);
     }
   }

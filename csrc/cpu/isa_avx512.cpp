@@ -7,6 +7,9 @@
 #include <immintrin.h>
 
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+// GCC 12 takes the undefined operands inside its own intrinsics for ours.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define USE_AVX512_VNNI  // our own name: GCC 12 does not define __AVX512VNNI__ for the pragma in C++
 
 namespace pyvit_accel {

@@ -30,18 +30,21 @@ INLINE void store_codes(uint8_t* codes, vi c, int32_t most) {
   __builtin_memcpy(codes, &out, 16);
 }
 
+#if defined(USE_AVX512_VNNI)
+INLINE __m512i codes_of_64(const float* x, __m512i zero) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const auto scores = [x](int i) { return _mm512_cvtps_epi32(_mm512_loadu_ps(x + 16 * i)); };
+  const __m512i a = _mm512_subs_epi16(_mm512_packs_epi32(scores(0), scores(1)), zero);
+  const __m512i b = _mm512_subs_epi16(_mm512_packs_epi32(scores(2), scores(3)), zero);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b));
+}
+#endif
 // anchor "max": c = rint(x) - (rint(top) - L), integers of 16 bits.
 INLINE void codes_below_maximum(const float* x, uint8_t* codes, int64_t padded, float top, int32_t count) {
   const int32_t zero = nearest(top) - count;
 #if defined(USE_AVX512_VNNI)
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i base = _mm512_set1_epi16((int16_t)zero);
-  for (int64_t j = 0; j < padded; j += 64) {
-    const auto scores = [&](int64_t at) { return _mm512_cvtps_epi32(_mm512_loadu_ps(x + at)); };
-    const __m512i a = _mm512_subs_epi16(_mm512_packs_epi32(scores(j), scores(j + 16)), base);
-    const __m512i b = _mm512_subs_epi16(_mm512_packs_epi32(scores(j + 32), scores(j + 48)), base);
-    _mm512_storeu_si512(codes + j, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b)));
-  }
+  for (int64_t j = 0; j < padded; j += 64) _mm512_storeu_si512(codes + j, codes_of_64(x + j, base));
 #else
   for (int64_t j = 0; j < padded; j += 16) store_codes(codes + j, to_int(load<vf>(x + j)) - zero, count);
 #endif
@@ -97,24 +100,30 @@ INLINE float log_sum(const float* x, int64_t padded, float top, const Softmax& f
 
 // What the codes stand for, one of the bytes of it, as operands of the product with v; returns their sum.
 #if defined(USE_AVX512_VNNI)
-__attribute__((target("avx512vbmi"))) int64_t look_up_vbmi(const uint8_t* codes, const uint8_t* table, uint8_t* out, int64_t padded) {
-  const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
-  const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
-  __m512i sum = _mm512_setzero_si512();
-  for (int64_t j = 0; j < padded; j += 64) {
-    const __m512i c = _mm512_loadu_si512(codes + j);
-    const __m512i low = _mm512_permutex2var_epi8(t0, c, t1), high = _mm512_permutex2var_epi8(t2, c, t3);
-    const __m512i y = _mm512_mask_blend_epi8(_mm512_movepi8_mask(c), low, high);
-    _mm512_storeu_si512(out + j, y);
-    sum = _mm512_add_epi64(sum, _mm512_sad_epu8(y, _mm512_setzero_si512()));
+// Of rows anchored at their maxima, from the scores and without a detour through memory, where there are up to 127 codes:
+// 24 instructions for 64 keys.
+__attribute__((target("avx512vbmi"))) void look_up_rows_vbmi(const float* x, int rows, int64_t padded, const float* top, const Softmax& f,
+                                                              uint8_t* low, uint8_t* high, float* totals) {
+  const auto load_half = [](const uint8_t* p, int i) { return p ? _mm512_loadu_si512(p + 64 * i) : _mm512_setzero_si512(); };
+  const __m512i low0 = load_half(f.low, 0), low1 = load_half(f.low, 1), high0 = load_half(f.high, 0), high1 = load_half(f.high, 1);
+  const __m512i zero = _mm512_setzero_si512();
+  for (int r = 0; r < rows; ++r, x += padded, low += padded, high += padded) {
+    const __m512i base = _mm512_set1_epi16((int16_t)(nearest(top[r]) - f.count));
+    __m512i sum = zero, sum_high = zero;
+    for (int64_t j = 0; j < padded; j += 64) {
+      const __m512i c = codes_of_64(x + j, base), y = _mm512_permutex2var_epi8(low0, c, low1);
+      _mm512_storeu_si512(low + j, y);
+      sum = _mm512_add_epi64(sum, _mm512_sad_epu8(y, zero));
+      if (!f.high) continue;
+      const __m512i y_high = _mm512_permutex2var_epi8(high0, c, high1);
+      _mm512_storeu_si512(high + j, y_high);
+      sum_high = _mm512_add_epi64(sum_high, _mm512_sad_epu8(y_high, zero));
+    }
+    totals[r] = (float)_mm512_reduce_add_epi64(_mm512_add_epi64(sum, _mm512_slli_epi64(sum_high, 8)));
   }
-  return _mm512_reduce_add_epi64(sum);
 }
 #endif
 template <class Operand> INLINE int64_t look_up(const uint8_t* codes, const uint8_t* table, Operand* out, int64_t padded) {
-#if defined(USE_AVX512_VNNI)
-  if (has_vbmi()) return look_up_vbmi(codes, table, out, padded);
-#endif
   int64_t sum = 0;
   for (int64_t j = 0; j < padded; ++j) out[j] = table[codes[j]], sum += table[codes[j]];
   return sum;
