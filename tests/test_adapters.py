@@ -106,7 +106,9 @@ def test_timm_refuses(timm):
     assert "parallel" in reason(vit.ParallelScalingBlock(C, H))
     assert "parallel" in reason(vit.ParallelThingsBlock(C, H))
     assert "rotary" in reason(timm.models.eva.EvaBlock(C, H))
-    assert "rotary" in reason(layers.AttentionRope(C, H), ATTENTIONS)
+    assert "norm between attention and proj" in reason(
+        timm.models.eva.EvaAttention(C, H, norm_layer=nn.LayerNorm), ATTENTIONS
+    )
     assert "relative position" in reason(timm.models.beit.Block(C, H))
     assert "gated MLP" in reason(timm_block(timm, mlp_layer=layers.SwiGLU))
     assert "gated MLP" in reason(timm_block(timm, mlp_layer=layers.SwiGLUPacked))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from pyvit_accel.adapters import timm_positions, windows
 from pyvit_accel.adapters._common import (
     Adapter,
     check_forward,
@@ -14,6 +15,7 @@ from pyvit_accel.adapters._common import (
     read_activation,
     read_attention,
     read_block,
+    read_head_norm,
     read_linear,
     read_norm,
     read_patch_embed,
@@ -34,6 +36,8 @@ LAYER_SCALE = (
     "timm.models.vision_transformer.LayerScale",
     "pyvit_accel.models.vit.LayerScale",
 )
+RELATIVE = "attention bias per relative position; attention and MLP are replaced one by one"
+ROTARY = "rotary position embedding; attention and MLP are replaced one by one"
 PATCH_EMBED = ("timm.layers.patch_embed.PatchEmbed",)
 
 
@@ -51,8 +55,6 @@ def block_parts(block: nn.Module) -> BlockParts:
 
 
 def attention_parts(attention: nn.Module) -> AttentionParts:
-    if "Rope" in type(attention).__name__:
-        raise Unsupported(f"{type(attention).__name__}: rotary position embedding")
     check_forward(attention, ATTENTION)
     if not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity):
         raise Unsupported("norm between attention and proj (scale_attn_norm)")
@@ -61,8 +63,8 @@ def attention_parts(attention: nn.Module) -> AttentionParts:
         proj=read_linear(attention.proj, "proj"),
         num_heads=attention.num_heads,
         scale=attention.scale,
-        q_norm=_head_norm(attention, "q_norm"),
-        k_norm=_head_norm(attention, "k_norm"),
+        q_norm=read_head_norm(getattr(attention, "q_norm", nn.Identity()), "q_norm"),
+        k_norm=read_head_norm(getattr(attention, "k_norm", nn.Identity()), "k_norm"),
     )
 
 
@@ -87,11 +89,6 @@ def patch_embed_parts(
         raise Unsupported("patch_embed ends in a norm")
     mean, std = mean or cfg.get("mean"), std or cfg.get("std")
     return read_patch_embed(embed.proj, mean, std, "patch_embed.proj")
-
-
-def _head_norm(attention: nn.Module, name: str) -> nn.LayerNorm | None:
-    norm = getattr(attention, name, nn.Identity())
-    return None if isinstance(norm, nn.Identity) else read_norm(norm, name)
 
 
 def _layer_scale(module: nn.Module) -> Tensor | None:
@@ -147,23 +144,21 @@ BLOCKS = {
     "timm.models.vision_transformer.ParallelScalingBlock": refuse("attention and MLP run in parallel"),
     "timm.models.vision_transformer.ParallelThingsBlock": refuse("attention and MLP run in parallel"),
     "timm.models.vision_transformer.DiffParallelScalingBlock": refuse("attention and MLP run in parallel"),
-    "timm.models.beit.Block": refuse("attention bias per relative position"),
-    "timm.models.vision_transformer_relpos.RelPosBlock": refuse("attention bias per relative position"),
-    "timm.models.vision_transformer_relpos.ResPostRelPosBlock": refuse("attention bias per relative position"),
-    "timm.models.eva.EvaBlock": refuse("rotary position embedding"),
+    "timm.models.beit.Block": refuse(RELATIVE),
+    "timm.models.vision_transformer_relpos.RelPosBlock": refuse(RELATIVE),
+    "timm.models.vision_transformer_relpos.ResPostRelPosBlock": refuse(RELATIVE),
+    "timm.models.eva.EvaBlock": refuse(ROTARY),
     "timm.models.eva.EvaBlockPostNorm": refuse("the norms come after attention and MLP (post-norm)"),
     "timm.models.cait.LayerScaleBlock": refuse("talking-heads attention"),
     "timm.models.cait.LayerScaleBlockClassAttn": refuse("class attention"),
-    "timm.models.swin_transformer.SwinTransformerBlock": refuse("window attention with a bias per relative position"),
-    "timm.models.swin_transformer_v2.SwinTransformerV2Block": refuse("window attention with cosine logits"),
+    "timm.models.swin_transformer.SwinTransformerBlock": refuse(windows.IN_WINDOWS),
+    "timm.models.vision_transformer_sam.Block": refuse(windows.IN_WINDOWS),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": refuse(windows.IN_WINDOWS),
 }
 ATTENTIONS = {
     "timm.layers.attention.Attention": Adapter(attention_parts, wrap),
     "timm.models.vision_transformer.Attention": Adapter(attention_parts, wrap),
-    "timm.layers.attention.AttentionRope": refuse("rotary position embedding"),
-    "timm.models.eva.EvaAttention": refuse("rotary position embedding"),
-    "timm.models.beit.Attention": refuse("attention bias per relative position"),
-    "timm.models.vision_transformer_relpos.RelPosAttention": refuse("attention bias per relative position"),
+    **timm_positions.ATTENTIONS,
 }
 MLPS = {
     "timm.layers.mlp.Mlp": Adapter(mlp_parts),

@@ -1,16 +1,19 @@
-"""torchvision: the encoder block, MLP and patch convolution of torchvision.models.vision_transformer."""
+"""torchvision: the encoder block, MLP and patch convolution of its ViT, and the window attention of its Swin."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from pyvit_accel.adapters import multihead
+from pyvit_accel.adapters import multihead, windows
 from pyvit_accel.adapters._common import (
     Adapter,
+    SharedLinear,
     check_forward,
     read_activation,
+    read_attention,
     read_block,
     read_linear,
     read_norm,
@@ -18,10 +21,12 @@ from pyvit_accel.adapters._common import (
     refuse,
 )
 from pyvit_accel.errors import Unsupported
-from pyvit_accel.modules.parts import BlockParts, MlpParts, PatchEmbedParts
+from pyvit_accel.modules.parts import AttentionParts, BlockParts, MlpParts, PatchEmbedParts
 
 BLOCK = ("torchvision.models.vision_transformer.EncoderBlock",)
-MLP = ("torchvision.models.vision_transformer.MLPBlock",)
+MLP = ("torchvision.models.vision_transformer.MLPBlock", "torchvision.ops.misc.MLP")
+SWIN = "torchvision.models.swin_transformer"
+WINDOWS, WINDOWS_V2 = f"{SWIN}.ShiftedWindowAttention", f"{SWIN}.ShiftedWindowAttentionV2"
 
 
 def block_parts(block: nn.Module) -> BlockParts:
@@ -32,6 +37,22 @@ def block_parts(block: nn.Module) -> BlockParts:
         norm2=read_norm(block.ln_2, "ln_2"),
         mlp=mlp_parts(block.mlp),
     )
+
+
+def window_parts(attention: nn.Module) -> AttentionParts:
+    """It multiplies with qkv.weight itself: calibration sees no input or output of that Linear."""
+    check_forward(attention, (WINDOWS_V2, WINDOWS))
+    qkv, proj = read_linear(attention.qkv, "qkv"), read_linear(attention.proj, "proj")
+    C, index, position = qkv.in_features, attention.relative_position_index, {}
+    bias = None if qkv.bias is None else qkv.bias.detach()
+    if hasattr(attention, "logit_scale"):
+        position = windows.cosine(attention.logit_scale)
+        position["bias"] = windows.continuous_bias(attention.cpb_mlp, attention.relative_coords_table, index)
+        bias = None if bias is None else bias.index_fill(0, torch.arange(C, 2 * C, device=bias.device), 0.0)
+    else:
+        position["scale"] = (C // attention.num_heads) ** -0.5
+        position["bias"] = windows.relative_bias(attention.relative_position_bias_table, index)
+    return read_attention((SharedLinear(qkv.weight, bias),), proj, attention.num_heads, **position)
 
 
 def mlp_parts(mlp: nn.Module) -> MlpParts:
@@ -67,11 +88,10 @@ class ConvLayout(nn.Module):
 
 BLOCKS = {
     "torchvision.models.vision_transformer.EncoderBlock": Adapter(block_parts),
-    "torchvision.models.swin_transformer.SwinTransformerBlock": refuse(
-        "window attention with a bias per relative position"
-    ),
+    f"{SWIN}.SwinTransformerBlock": refuse(windows.IN_WINDOWS),
 }
-MLPS = {"torchvision.models.vision_transformer.MLPBlock": Adapter(mlp_parts)}
+ATTENTIONS = dict.fromkeys((WINDOWS, WINDOWS_V2), Adapter(window_parts, windows.ShiftedWindows))
+MLPS = dict.fromkeys(MLP, Adapter(mlp_parts))
 PATCH_EMBEDS = {
     "torchvision.models.vision_transformer.VisionTransformer": Adapter(patch_embed_parts, ConvLayout, path="conv_proj"),
 }

@@ -131,11 +131,16 @@ class _Call(nn.Module):
             raise ValueError("causal attention reached a layer that was accelerated without it; keep it in the recipe")
         if given.get("head_mask") is not None:
             raise ValueError("head_mask reached an accelerated layer, which cannot mask heads; keep it in the recipe")
-        mask = given.get("attention_mask")
+        x = given[self._names[0]]
+        mask = self._mask(given.get("attention_mask"), x)
+        rotary = given.get("position_embeddings")
+        return self.accelerated(x, mask) if rotary is None else self.accelerated(x, mask, rotary)
+
+    def _mask(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
             came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"attention_mask came as {came}, expected 4-D; load with attn_implementation='sdpa'")
-        return self.accelerated(given["hidden_states"], mask)
+        return mask
 
 
 class _LayerCall(_Call):
@@ -179,7 +184,7 @@ class AttentionCall(_Call):
 
     def __init__(self, accelerated: nn.Module, original: nn.Module) -> None:
         super().__init__(accelerated, original, _config(original))
-        nested = hasattr(original, "attention")
+        nested = hasattr(original, "attention") or hasattr(original, "self")
         asks_weights = "output_attentions" in self._names
         self._num_outputs = 2 if not nested else 1 if asks_weights else 0  # 0: a tensor, not a tuple
 
@@ -191,11 +196,8 @@ class AttentionCall(_Call):
 _MODELS = "transformers.models"
 BLOCKS = {
     **dict.fromkeys(LAYER, Adapter(block_parts, wrap_layer)),
-    f"{_MODELS}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": refuse("rotary position embedding"),
     f"{_MODELS}.beit.modeling_beit.BeitLayer": refuse("attention bias per relative position"),
     f"{_MODELS}.data2vec.modeling_data2vec_vision.Data2VecVisionLayer": refuse("attention bias per relative position"),
-    f"{_MODELS}.swin.modeling_swin.SwinLayer": refuse("window attention with a bias per relative position"),
-    f"{_MODELS}.swinv2.modeling_swinv2.Swinv2Layer": refuse("window attention with cosine logits"),
 }
 ATTENTIONS = dict.fromkeys(ATTENTION, Adapter(attention_parts, AttentionCall))
 MLPS = dict.fromkeys(MLP, Adapter(mlp_parts))
