@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from _replay import matches
+from _vits import relative_error, spread
 from torch import Tensor, nn
 
+from pyvit_accel import accelerate, load, save
 from pyvit_accel.adapters import ATTENTIONS, find
+from pyvit_accel.modules import QuantAttention
 from pyvit_accel.modules.build import Scheme, quant_attention
 from pyvit_accel.modules.parts import AttentionParts
 
@@ -80,3 +85,51 @@ def accelerated(module: nn.Module, *, forget: bool = False) -> nn.Module:
     if forget:
         parts = replace(parts, bias=None, tables=None)
     return find(ATTENTIONS, module).wrap(quant_attention(parts, Scheme()), module).eval()
+
+
+# Measured relative errors of W8A8 on random weights: attentions 0.012 to 0.026, whole models 0.007 to 0.033.
+# Without what the position adds an attention is off by 0.18 to 0.63.
+QUANTISED, FORGOTTEN = 0.04, 0.15
+
+
+def output(result: object) -> Tensor:
+    """Of a module or a model."""
+    if isinstance(result, Tensor):
+        return result
+    return result[0] if isinstance(result, tuple) else result.last_hidden_state
+
+
+@torch.no_grad()
+def check_attention(module: nn.Module, *args, position: bool = True) -> None:
+    """Its parts are the module; in 8 bits it is close, and would not be without what the position adds."""
+    module = spread(module)
+    expected = output(module(*args))
+    assert matches(output(replayed(module)(*args)), expected)
+    new = accelerated(module)
+    actual = new(*args)
+    assert type(actual) is type(module(*args)) and relative_error(output(actual), expected) < QUANTISED
+    if position:
+        assert relative_error(output(accelerated(module, forget=True)(*args)), expected) > FORGOTTEN
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, recipe, count: int, size: int, path) -> dict[str, str]:
+    """All attentions are replaced and the report says so, it is as accurate as 8 bits are, and is saved and loaded.
+
+    Returns why the modules that are left were kept."""
+    model = spread(model)
+    blank = copy.deepcopy(model)
+    for tensor in blank.parameters():
+        tensor.zero_()
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    expected = output(model(images))
+    fast, report = accelerate(model, recipe, [images] if recipe.needs_calibration else None)
+    assert sum(isinstance(module, QuantAttention) for module in fast.modules()) == count
+    attentions = [entry for entry in report.replaced if entry.became == "QuantAttention"]
+    assert len(attentions) == count and all("Attention" in entry.kind for entry in attentions)
+    assert [layer.name for layer in attentions[0].layers] == ["qkv", "proj"]
+    actual = output(fast(images))
+    assert relative_error(actual, expected) < QUANTISED
+    save(fast, path)
+    assert torch.equal(output(load(path, blank)(images)), actual)
+    return {entry.name: entry.reason for entry in report.kept}
