@@ -21,13 +21,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pyvit_accel import ops
+from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import affine
 from pyvit_accel.formats.softmax import SoftmaxFormat, from_description, linear_mantissa
 
 from .parts import AttentionParts
+from .position import Position
+from .quant_attention import NORMS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEFAULT = linear_mantissa(3)
@@ -103,8 +105,9 @@ class _StraightThrough(torch.autograd.Function):
         return y.to(query.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("exp_free_attention: its gradient has no derivative; leave create_graph out")
         *operands, bias, y = ctx.saved_tensors
         dbias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         dq, dk, dv = _gradients(_Operands(*operands), bias, ctx.scale, ctx.softmax, y, dy.float(), ctx.D, dbias)
@@ -219,12 +222,15 @@ def _bias(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     except RuntimeError:
         came = tuple(attn_mask.shape)
         raise ValueError(f"exp_free_attention: attn_mask {came} does not broadcast to {shape}") from None
-    if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(~attn_mask, -torch.inf)
+    attn_mask = _additive(attn_mask) if attn_mask.dtype == torch.bool else attn_mask
     full = attn_mask[(None,) * (max(len(shape), 3) - attn_mask.dim())]
     if any(n > 1 for n in full.shape[:-3]):
         full = full.expand(*shape[:-3], *full.shape[-3:])
     return full.reshape(prod(full.shape[:-3]), *full.shape[-3:]).float()
+
+
+def _additive(mask: Tensor) -> Tensor:
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
 
 
 class ExpFreeAttention(nn.Module):
@@ -269,52 +275,75 @@ class ExpFreeAttention(nn.Module):
 class ExpFreeSelfAttention(nn.Module):
     """Multi-head self-attention x (B, N, C) in floats, but for its softmax and the two matmuls beside that.
 
-    Its Linears and norms hold the parameters of those it was made of, which can be trained, or replaced in turn. The
-    names are those of timm, where the projection is a fused one: their state dicts fit each other.
+    Its Linears and norms hold the parameters of those it was made of, which can be trained, or replaced in turn. Their
+    names are those of timm, where the projection is a fused one: state dicts fit each other.
+
+    Raises Unsupported for decomposed relative position.
     """
 
     def __init__(self, parts: AttentionParts, softmax: SoftmaxFormat = DEFAULT) -> None:
         super().__init__()
+        if parts.tables is not None:
+            raise Unsupported("decomposed relative position reads q and the grid; QuantAttention takes it")
         names = ("qkv",) if len(parts.qkv) == 1 else ("q_proj", "k_proj", "v_proj")
         for name, linear in zip(names, parts.qkv, strict=True):
             setattr(self, name, _plain(linear))
         self.proj, self.q_norm, self.k_norm = _plain(parts.proj), parts.q_norm, parts.k_norm
         self.num_heads, self.scale, self.attention = parts.num_heads, parts.scale, ExpFreeAttention(softmax)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """attn_mask as in F.scaled_dot_product_attention: bool, True is seen, or float, added; (B | 1, H | 1, N, N)."""
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self._project(x))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
-        y = self.attention(q, k, v, attn_mask, scale=self.scale)
-        return self.proj(y.transpose(1, 2).flatten(2))
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(x).chunk(3, dim=-1) if self._fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        self.position: Position | None = None
+        if parts.has_position:
+            bias, gain = (None if t is None else t.detach().float().clone() for t in (parts.bias, parts.gain))
+            self.position = Position(bias, None, gain, parts.rotary)
 
     @property
     def _fused(self) -> bool:
         return "qkv" in self._modules
 
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """attn_mask as in F.scaled_dot_product_attention: bool, True is seen, or float, added; (B | 1, H | 1, N, N).
+
+        rotary: cos and sin, as in Position.heads.
+        """
+        qkv = self.qkv(x).chunk(3, dim=-1) if self._fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        if self.position is not None:
+            q, k = (t.to(v.dtype) for t in self.position.heads(q, k, rotary))
+            boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+            attn_mask = self.position.add_bias(_additive(attn_mask) if boolean else attn_mask)
+        y = self.attention(q, k, v, attn_mask, scale=self.scale)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
     def config(self) -> dict:
         linears = [self.qkv] if self._fused else [self.q_proj, self.k_proj, self.v_proj]
+        norms = {name: getattr(self, name) for name in NORMS}
         return {
             "dim": self.proj.in_features,
             "num_heads": self.num_heads,
             "scale": self.scale,
             "qkv_bias": [linear.bias is not None for linear in linears],
             "proj_bias": self.proj.bias is not None,
-            "q_norm": None if self.q_norm is None else self.q_norm.eps,
-            "k_norm": None if self.k_norm is None else self.k_norm.eps,
-        } | self.attention.config()
+            **{name: None if norm is None else norm.eps for name, norm in norms.items()},
+            "rms_norms": [name for name, norm in norms.items() if isinstance(norm, nn.RMSNorm)],
+            "position": None if self.position is None else self.position.config(),
+            **self.attention.config(),
+        }
 
     @classmethod
     def from_config(cls, config: dict) -> ExpFreeSelfAttention:
-        C, H, biases = config["dim"], config["num_heads"], config["qkv_bias"]
-        norms = [None if config[n] is None else nn.LayerNorm(C // H, config[n]) for n in ("q_norm", "k_norm")]
+        C, H, biases, norms = config["dim"], config["num_heads"], config["qkv_bias"], []
+        for name in NORMS:
+            kind = nn.RMSNorm if name in config["rms_norms"] else nn.LayerNorm
+            norms.append(None if config[name] is None else kind(C // H, config[name]))
         qkv = tuple(nn.Linear(C, 3 * C // len(biases), bias=bias) for bias in biases)
         parts = AttentionParts(qkv, nn.Linear(C, C, bias=config["proj_bias"]), H, config["scale"], *norms)
-        return cls(parts, from_description(config["softmax"]))
+        new = cls(parts, from_description(config["softmax"]))
+        if config["position"] is not None:
+            new.position = Position.from_config(config["position"])
+        return new
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
