@@ -64,7 +64,6 @@ class Variant:
     qk      int8 scales of q and k, "tensor" | "head" | "token", or "": float32
     centre  subtract from k its mean over the tokens, which no softmax notices
     v       "int8" | "e4m3" | "int4", a scale per head, or "": float32
-    every   measured on each so many images
     """
 
     name: str
@@ -76,7 +75,6 @@ class Variant:
     qk: str = ""
     centre: bool = False
     v: str = ""
-    every: int = 2
 
 
 def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
