@@ -3,6 +3,7 @@
 from .codebook_linear import codebook_linear
 from .lowbit_linear import lowbit_linear
 from .norm_quant import norm_quant, norm_quant_dynamic
+from .quant_attention import quant_attention
 from .quantize import quantize, quantize_dynamic
 from .weight_only_linear import weight_only_linear
 
@@ -11,6 +12,7 @@ __all__ = [
     "lowbit_linear",
     "norm_quant",
     "norm_quant_dynamic",
+    "quant_attention",
     "quantize",
     "quantize_dynamic",
     "weight_only_linear",

@@ -80,6 +80,28 @@ def exp2(t):
 
 
 @triton.jit
+def log2(x):
+    """log2 of positive, normal x, as reference/scalar.py."""
+    bits = x.to(tl.int32, bitcast=True)
+    n = (bits - 0x3F3504F3) >> 23
+    y = (bits - (n << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = y * -0.14620353 + 0.23420985
+    p = p * y + -0.24882181
+    p = p * y + 0.2870756
+    p = p * y + -0.36024198
+    p = p * y + 0.48092404
+    p = p * y + -0.72135276
+    p = p * y + 1.4426949
+    return n.to(tl.float32) + y * p
+
+
+@triton.jit
+def rint(t):
+    """|t| <= 2^22 to the nearest int32, half to even; what is not finite becomes far from zero."""
+    return (t + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
+
+
+@triton.jit
 def sigmoid2(t):
     """1 / (1 + 2^-t)."""
     return tl.div_rn(1.0, 1.0 + exp2(tl.minimum(tl.maximum(-t, -100.0), 100.0)))

@@ -1,0 +1,317 @@
+"""Scores, codes and operands of quant_attention, on one tile of queries and keys.
+
+A tensor core's sum leaves a thread two neighbouring keys of every eight, and an 8-bit left operand wants four of every
+sixteen. So column 16 i + 8 h + 2 t + b of a tile of scores is key 16 i + 4 t + 2 h + b: k is read in that order, and
+`in_order` only renames what a thread holds. Probabilities never leave the registers they were made in.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._common import exp2, rint
+from ._values import ALIGNED
+
+LIMIT = tl.constexpr(16320.0)  # reference/quant_attention.py
+FULL = tl.constexpr(65280.0)
+COLUMN_UNITS = tl.constexpr(2.0**40)  # of column sums: integers, whose order of addition does not matter
+
+
+@triton.jit
+def keys_of(BLOCK_N: tl.constexpr, PERMUTED: tl.constexpr):
+    """The key of each column of a tile."""
+    column = tl.arange(0, BLOCK_N)
+    if PERMUTED:
+        column = (column & -16) | ((column & 6) << 1) | ((column & 8) >> 2) | (column & 1)
+    return column
+
+
+@triton.jit
+def in_order(p, PERMUTED: tl.constexpr):
+    """The columns of p (BLOCK_M, BLOCK_N) in the order of keys."""
+    if PERMUTED:
+        M: tl.constexpr = p.shape[0]
+        N: tl.constexpr = p.shape[1]
+        p = tl.reshape(tl.permute(tl.reshape(p, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, N))
+    return p
+
+
+@triton.jit
+def _score_part(s, q, k_ptr, keys, seen, stride_kn, first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr):
+    offs_d = first + tl.arange(0, PART)
+    k = tl.load(
+        k_ptr + keys[None, :].to(tl.int64) * stride_kn + offs_d[:, None],
+        mask=(offs_d < D)[:, None] & seen[None, :],
+        other=0,
+    )
+    return tl.dot(q, k, s, out_dtype=tl.int32)
+
+
+@triton.jit
+def logits(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
+    """t (BLOCK_M, BLOCK_N) of the reference, -inf where a key is not seen; TAIL: some are not keys at all."""
+    query, sources, strides, limit, bias_unit = scores
+    q, q_rest, q_scale, offs_m, mask_m = query
+    k_ptr, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr = sources
+    stride_kn, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk = strides
+    D: tl.constexpr = form[0]
+    PART: tl.constexpr = form[1]
+    REST: tl.constexpr = form[2]
+    KW: tl.constexpr = form[3]
+    K_SCALE_PER_KEY: tl.constexpr = form[4]
+    BLOCK_N: tl.constexpr = form[5]
+    PERMUTED: tl.constexpr = form[6]
+    EXACT: tl.constexpr = form[7]
+    keys = start + keys_of(BLOCK_N, PERMUTED)
+    if TAIL:
+        seen = keys < n_keys
+    else:
+        seen = tl.full((BLOCK_N,), True, tl.int1)
+    s = _score_part(
+        tl.zeros((q.shape[0], BLOCK_N), tl.int32), q, k_ptr, keys, seen, stride_kn, 0, PART, D
+    )
+    if REST:
+        s = _score_part(s, q_rest, k_ptr, keys, seen, stride_kn, PART, REST, D)
+    if K_SCALE_PER_KEY:
+        k_scale = tl.load(k_scale_ptr + keys * stride_ksn, mask=seen, other=0.0)
+        t = s.to(tl.float32) * tl.minimum(q_scale[:, None] * k_scale[None, :], limit)
+    else:
+        t = s.to(tl.float32) * tl.minimum(q_scale * tl.load(k_scale_ptr), limit)[:, None]
+    mask = mask_m[:, None] & seen[None, :]
+    b = t if EXACT else 0.0  # bytes add one bias after the other to the scores, codes their sum
+    if bias_ptr is not None:
+        ptrs = bias_ptr + offs_m[:, None].to(tl.int64) * stride_bm + keys[None, :].to(tl.int64) * stride_bn
+        b += tl.load(ptrs, mask=mask, other=0.0)
+    if grid_h_ptr is not None:
+        h_ptrs = grid_h_ptr + offs_m[:, None].to(tl.int64) * stride_ghm + (keys // KW)[None, :] * stride_ghk
+        w_ptrs = grid_w_ptr + offs_m[:, None].to(tl.int64) * stride_gwm + (keys % KW)[None, :] * stride_gwk
+        b += tl.load(h_ptrs, mask=mask, other=0.0) + tl.load(w_ptrs, mask=mask, other=0.0)
+    if key_bias_ptr is not None:
+        b += tl.load(key_bias_ptr + keys.to(tl.int64) * stride_kbn, mask=seen, other=0.0)[None, :]
+    if EXACT:
+        t = b
+    elif bias_ptr is not None or grid_h_ptr is not None or key_bias_ptr is not None:
+        octaves = tl.minimum(tl.maximum(b * bias_unit, -LIMIT), LIMIT)
+        t = tl.where(b == -float("inf"), -float("inf"), t + octaves)
+    if TAIL:
+        t = tl.where(seen[None, :], t, -float("inf"))
+    return t
+
+
+@triton.jit
+def _count_above(x, thresholds_ptr, L: tl.constexpr):
+    """How many of the descending thresholds are above x."""
+    n = tl.zeros(x.shape, tl.int32)
+    for i in tl.static_range(8):
+        if (128 >> i) <= L:
+            probe = n + (127 >> i)
+            above = tl.load(thresholds_ptr + probe, mask=probe < L, other=-float("inf")) > x
+            n += tl.where(above, 128 >> i, 0)
+    return n
+
+
+@triton.jit
+def codes(t, anchor, thresholds_ptr, shift, L: tl.constexpr, LSE: tl.constexpr):
+    """k = 0 .. L of t (BLOCK_M, BLOCK_N), int32; not yet clipped to L, nor L where unseen, unless there are thresholds.
+
+    An anchor of a row that sees no key is far below zero, so every k is far beyond L.
+    """
+    if thresholds_ptr is not None:
+        anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
+        k = _count_above(t - anchor[:, None], thresholds_ptr, L)
+        return tl.where(t == -float("inf"), L, k)
+    if not LSE:
+        return tl.maximum(rint(anchor), -65536)[:, None] - rint(t)
+    anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
+    return tl.maximum(rint(anchor[:, None] - t + shift), 0)
+
+
+@triton.jit
+def probabilities(t, anchor, coding, code: tl.constexpr):
+    """The left operand, fp8 or float16; the values P in float32; and their codes, beyond L for some that are zero."""
+    L: tl.constexpr = code[0]
+    LSE: tl.constexpr = code[1]
+    BYTE_STEP: tl.constexpr = code[2]
+    E4M3: tl.constexpr = code[3]
+    FP8: tl.constexpr = code[4]
+    values_ptr, thresholds_ptr, factor, shift, offset, _, _ = coding
+    k = codes(t, anchor, thresholds_ptr, shift, L, LSE)
+    if BYTE_STEP:
+        byte = (tl.maximum(L - k, 0) * BYTE_STEP).to(tl.uint8)
+        if FP8:
+            p = byte.to(tl.float8e4nv if E4M3 else tl.float8e5, bitcast=True)
+        else:  # the bits of e4m3 are those of a float16 2^8 times smaller
+            p = (byte.to(tl.uint16) << (7 if E4M3 else 8)).to(tl.float16, bitcast=True)
+        value = p.to(tl.float32) * factor
+    else:
+        value = tl.load(values_ptr + k, mask=k < L, other=0).to(tl.float32)
+        p = (value / factor).to(tl.float16)
+        value = tl.where(k < L, value + offset, 0.0)
+    return p, value, k
+
+
+@triton.constexpr_function
+def smallest_operand(BYTE_STEP, E4M3, FP8):
+    """The value of the operand of code L - 1: of that byte, subnormal or just not."""
+    return BYTE_STEP * 2.0 ** ((-9 if FP8 else -17) if E4M3 else -16)
+
+
+@triton.jit
+def factor_of(values_ptr, L: tl.constexpr, BYTE_STEP: tl.constexpr, E4M3: tl.constexpr, FP8: tl.constexpr):
+    """P in units of its operand."""
+    if BYTE_STEP:
+        INVERSE: tl.constexpr = 1 / smallest_operand(BYTE_STEP, E4M3, FP8)
+        factor = tl.load(values_ptr + L - 1).to(tl.float32) * INVERSE
+    else:
+        factor = 2.0 if values_ptr.dtype.element_ty == tl.int32 else 1.0  # integers reach 65535, float16 does not
+    return factor
+
+
+@triton.jit
+def ones(N: tl.constexpr, DTYPE: tl.constexpr):
+    """(N, 16), by their bits: what a dot adds up, it adds up without rounding."""
+    if DTYPE == tl.float16:
+        x = tl.full((N, 16), 1.0, DTYPE)
+    else:
+        x = tl.full((N, 16), 0x38 if DTYPE == tl.float8e4nv else 0x3C, tl.uint8).to(DTYPE, bitcast=True)
+    return x
+
+
+@triton.jit
+def exponentials(t, top, inverse_octave):
+    """2^((t - top) / octave); zero in rows that see no key."""
+    top = tl.where(top == -float("inf"), 0.0, top)
+    return exp2(tl.maximum((t - top[:, None]) * inverse_octave, -100.0))
+
+
+@triton.jit
+def share_sum(t, top, inverse_octave):
+    """The sum of 16-bit codes of probabilities, int32."""
+    return tl.sum(rint(exponentials(t, top, inverse_octave) * FULL), axis=1)
+
+
+@triton.jit
+def diffused(p, carry):
+    """Bytes of 16-bit codes p (BLOCK_M, BLOCK_N) as int32, and what the last 16 keys add up to, carry included."""
+    M: tl.constexpr = p.shape[0]
+    N: tl.constexpr = p.shape[1]
+    wide = tl.reshape(p, (M, N // 16, 16))
+    upto = tl.cumsum(wide, axis=1) + carry[:, None, :]
+    taken = (upto >> 8) - ((upto - wide) >> 8)
+    return tl.reshape(taken, (M, N)), carry + tl.sum(wide, axis=1)
+
+
+@triton.jit
+def first_row(t, top, offs_m, inverse_octave):
+    """2^((t - top) / octave) of query 0, (BLOCK_N,)."""
+    t = tl.max(tl.where((offs_m == 0)[:, None], t, -float("inf")), axis=0)
+    top = tl.max(tl.where(offs_m == 0, top, -float("inf")), axis=0)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    return tl.where(t == -float("inf"), 0.0, exp2(tl.maximum((t - top) * inverse_octave, -100.0)))
+
+
+@triton.jit
+def _times_v(
+    acc, p, v_ptr, start, n_keys, stride_vp, stride_vd, first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr,
+    PLANES: tl.constexpr, PROMOTE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_N: tl.constexpr = p.shape[1]
+    offs_d, keys = first + tl.arange(0, PART), start + tl.arange(0, BLOCK_N)
+    mask = (offs_d < D)[:, None] & (keys < (n_keys + ALIGNED - 1) // ALIGNED * ALIGNED)[None, :]
+    v_ptrs = v_ptr + offs_d[:, None].to(tl.int64) * stride_vd + keys[None, :]
+    for plane in tl.static_range(PLANES):
+        v = tl.trans(tl.load(v_ptrs + plane * stride_vp, mask=mask, other=0.0))
+        if PROMOTE:
+            acc += tl.dot(p, v, max_num_imprecise_acc=BLOCK_N)
+        else:
+            acc = tl.dot(p, v, acc, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def _add_bytes(
+    t, top, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form: tl.constexpr
+):  # fmt: skip
+    """sums and what the tile t adds: to the 16-bit codes, and to the bytes times v in two parts of D; and remainders."""
+    D: tl.constexpr = form[0]
+    PART: tl.constexpr = form[1]
+    REST: tl.constexpr = form[2]
+    total, acc, acc_rest, carry, unused = sums
+    ratio_ptr, inverse_octave = coding[5], coding[6]
+    p = exponentials(t, top, inverse_octave)
+    code = rint(p * FULL)
+    total += tl.sum(code, axis=1)
+    if ratio_ptr is not None:
+        keys = start + tl.arange(0, t.shape[1])
+        code = rint(p * tl.load(ratio_ptr + keys, mask=keys < n_keys, other=0.0)[None, :] * FULL)
+    byte, carry = diffused(code, carry)
+    for half in tl.static_range(2):  # the lower 7 bits, and the eighth, which is a sign to an int8
+        p = ((byte >> 7) if half else (byte & 127)).to(tl.int8)
+        unit = 128 if half else 1
+        zero = tl.zeros(acc.shape, tl.int32)
+        acc += _times_v(zero, p, v_ptr, start, n_keys, stride_vp, stride_vd, 0, PART, D, 1, False) * unit
+        if REST:
+            zero = tl.zeros(acc_rest.shape, tl.int32)
+            acc_rest += _times_v(zero, p, v_ptr, start, n_keys, stride_vp, stride_vd, PART, REST, D, 1, False) * unit
+    return total, acc, acc_rest, carry, unused
+
+
+@triton.jit
+def _add_codes(
+    t, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form: tl.constexpr, code: tl.constexpr,
+    PLANES: tl.constexpr, OFFSET: tl.constexpr, PROMOTE: tl.constexpr,
+):  # fmt: skip
+    """sums and what the tile t adds: to the total, to P v in two parts of D, and to (P not zero) v in as many."""
+    D: tl.constexpr = form[0]
+    PART: tl.constexpr = form[1]
+    REST: tl.constexpr = form[2]
+    PERMUTED: tl.constexpr = form[6]
+    BYTE_STEP: tl.constexpr = code[2]
+    total, acc, acc_rest, extra, extra_rest = sums
+    p, value, k = probabilities(t, anchor, coding, code)
+    if BYTE_STEP:
+        p = in_order(p, PERMUTED)
+        if PROMOTE:
+            total += tl.dot(p, ones(p.shape[1], p.dtype), max_num_imprecise_acc=p.shape[1])
+        else:
+            total = tl.dot(p, ones(p.shape[1], p.dtype), total)
+    else:
+        total += tl.sum(value, axis=1)
+    acc = _times_v(acc, p, v_ptr, start, n_keys, stride_vp, stride_vd, 0, PART, D, PLANES, PROMOTE)
+    if REST:
+        acc_rest = _times_v(acc_rest, p, v_ptr, start, n_keys, stride_vp, stride_vd, PART, REST, D, PLANES, PROMOTE)
+    if OFFSET:
+        p = (k < code[0]).to(tl.float16)
+        extra = _times_v(extra, p, v_ptr, start, n_keys, stride_vp, stride_vd, 0, PART, D, PLANES, PROMOTE)
+        if REST:
+            extra_rest = _times_v(
+                extra_rest, p, v_ptr, start, n_keys, stride_vp, stride_vd, PART, REST, D, PLANES, PROMOTE
+            )
+    return total, acc, acc_rest, extra, extra_rest
+
+
+@triton.jit
+def add_tile(
+    t, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form: tl.constexpr, code: tl.constexpr,
+    PLANES: tl.constexpr, OFFSET: tl.constexpr, PROMOTE: tl.constexpr,
+):  # fmt: skip
+    if coding[0] is None:
+        sums = _add_bytes(t, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form)
+    else:
+        sums = _add_codes(
+            t, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form, code, PLANES, OFFSET, PROMOTE
+        )
+    return sums
+
+
+@triton.jit
+def add_columns(t, anchor, scale, columns_ptr, start, n_keys, coding, form: tl.constexpr, code: tl.constexpr):
+    """Adds P scale of the tile, summed over its rows."""
+    keys = start + keys_of(t.shape[1], form[6])
+    if coding[0] is None:
+        value = rint(exponentials(t, anchor, coding[6]) * FULL).to(tl.float32)
+    else:
+        _, value, _ = probabilities(t, anchor, coding, code)
+    column = (tl.sum(value * scale[:, None], axis=0) * COLUMN_UNITS).to(tl.int64)
+    tl.atomic_add(columns_ptr + keys, column, mask=keys < n_keys, sem="relaxed")

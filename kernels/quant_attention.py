@@ -1,0 +1,323 @@
+"""softmax(q k^T scale + bias) v on integer codes, P in a format whose code is affine in the logarithm."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._attention import COLUMN_UNITS, add_columns, add_tile, factor_of, first_row, keys_of, logits, share_sum
+from ._common import FLAGS, log2, rint, to_codes, vector
+from ._values import ALIGNED, prepare, ratio_of, start_of
+
+LOG2_E = 1.44269504  # reference/scalar.py
+LIMIT = 16320  # reference/quant_attention.py
+SHARE = tl.constexpr(1.5318628356908448e-05)  # float32 of 1 / 65280
+LN2 = tl.constexpr(0.693147180559945)
+
+
+@triton.jit
+def _load_q(q_ptr, offs_m, mask_m, stride_qm, first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr):
+    offs_d = first + tl.arange(0, PART)
+    ptrs = q_ptr + offs_m[:, None].to(tl.int64) * stride_qm + offs_d[None, :]
+    return tl.load(ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0)
+
+
+@triton.jit
+def _store_first(cls_ptr, start, first, total, n_keys, form: tl.constexpr):
+    keys = start + keys_of(first.shape[0], form[6])
+    tl.store(cls_ptr + keys, tl.where(total > 0, first / total, 0.0), mask=keys < n_keys)
+
+
+@triton.jit
+def _store(
+    acc, extra, scale, factor, offset, offs_m, mask_m, out_ptr, out_scale_ptr, h, stride_om,
+    first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, OFFSET: tl.constexpr, OUT_SCALE_PER_COLUMN: tl.constexpr,
+):  # fmt: skip
+    offs_d = first + tl.arange(0, PART)
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    y = acc.to(tl.float32) * factor
+    if OFFSET:
+        y += extra * offset
+    y *= scale[:, None]
+    if out_scale_ptr is not None:
+        if OUT_SCALE_PER_COLUMN:
+            out_scale = tl.load(out_scale_ptr + h * D + offs_d, mask=offs_d < D, other=1.0)[None, :]
+        else:
+            out_scale = tl.load(out_scale_ptr)
+        y = to_codes(y, tl.div_rn(1.0, out_scale), 0, 8)
+    tl.store(out_ptr + offs_m[:, None].to(tl.int64) * stride_om + h * D + offs_d[None, :], y, mask=mask)
+
+
+@triton.jit
+def _quant_attention_kernel(
+    q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr,
+    out_scale_ptr, values_ptr, thresholds_ptr, ratio_ptr, cu_q_ptr, cu_k_ptr, out_ptr, cls_ptr, lse_ptr, columns_ptr,
+    H, Nq, blocks_m,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vp, stride_vd,
+    stride_qsb, stride_qsh, stride_qsm, stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh,
+    stride_bb, stride_bh, stride_bm, stride_bn, stride_kbb, stride_kbn,
+    stride_ghb, stride_ghh, stride_ghm, stride_ghk, stride_gwb, stride_gwh, stride_gwm, stride_gwk,
+    score_unit, bias_unit, limit, octave, inverse_octave, shift, p_unit, offset,
+    N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, KW: tl.constexpr,
+    L: tl.constexpr, LSE: tl.constexpr, BYTE_STEP: tl.constexpr, E4M3: tl.constexpr, FP8: tl.constexpr,
+    NORMALIZE: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr, K_SCALE_PER_KEY: tl.constexpr,
+    OUT_SCALE_PER_COLUMN: tl.constexpr, PROMOTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block_m, bh = tl.program_id(0) % blocks_m, (tl.program_id(0) // blocks_m).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_queries, n_keys = Nq, N
+    if cu_q_ptr is not None:  # b is the sequence
+        first_q, first_k, first_v = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b), start_of(cu_k_ptr, b)
+        n_queries, n_keys = tl.load(cu_q_ptr + b + 1) - first_q, tl.load(cu_k_ptr + b + 1) - first_k
+        if block_m * BLOCK_M >= n_queries:
+            return
+        q_ptr += first_q.to(tl.int64) * stride_qm
+        q_scale_ptr += first_q * stride_qsm
+        out_ptr += first_q.to(tl.int64) * H * D
+        k_ptr += first_k.to(tl.int64) * stride_kn
+        k_scale_ptr += first_k * stride_ksn
+        v_ptr += tl.multiple_of(first_v, ALIGNED)
+        if ratio_ptr is not None:
+            ratio_ptr += first_k
+        row, column = h * Nq + first_q, h * N + first_k
+        if key_bias_ptr is not None:
+            key_bias_ptr += first_k * stride_kbn
+        b = b * 0
+    else:
+        out_ptr += b * Nq * H * D
+        row, column = bh * Nq, bh * N
+    mask_m = offs_m < n_queries
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    k_scale_ptr += b * stride_ksb + h * stride_ksh
+    if ratio_ptr is not None:
+        ratio_ptr += (b * H + h) * N
+    if bias_ptr is not None:
+        bias_ptr += b * stride_bb + h * stride_bh
+    if key_bias_ptr is not None:
+        key_bias_ptr += b * stride_kbb
+    if grid_h_ptr is not None:
+        grid_h_ptr += b * stride_ghb + h * stride_ghh
+        grid_w_ptr += b * stride_gwb + h * stride_gwh
+
+    q = _load_q(q_ptr, offs_m, mask_m, stride_qm, 0, PART, D)
+    q_rest = _load_q(q_ptr, offs_m, mask_m, stride_qm, PART, REST, D) if REST else q
+    q_scale = tl.load(q_scale_ptr + b * stride_qsb + h * stride_qsh + offs_m * stride_qsm, mask=mask_m, other=0.0)
+    PERMUTED: tl.constexpr = BYTE_STEP > 0 and FP8
+    PACKED: tl.constexpr = cu_q_ptr is not None
+    scores = (
+        (q, q_rest, q_scale * score_unit, offs_m, mask_m),
+        (k_ptr, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr),
+        (stride_kn, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk),
+        limit, bias_unit,
+    )  # fmt: skip
+    form: tl.constexpr = (D, PART, REST, KW, K_SCALE_PER_KEY, BLOCK_N, PERMUTED, values_ptr is None)
+    factor = 1.0 if values_ptr is None else factor_of(values_ptr, L, BYTE_STEP, E4M3, FP8)
+    code: tl.constexpr = (L, LSE, BYTE_STEP, E4M3, FP8)
+    coding = (values_ptr, thresholds_ptr, factor, shift, offset, ratio_ptr, inverse_octave)
+    # Whole tiles, then one that is not: which of its columns are keys is known when it compiles, unless it is read.
+    ONE: tl.constexpr = N <= BLOCK_N and not PACKED
+    WHOLE: tl.constexpr = 0 if ONE else N // BLOCK_N * BLOCK_N
+    REST_N: tl.constexpr = WHOLE < N and not ONE and not PACKED
+    stop = n_keys if PACKED else WHOLE
+
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for start in range(0, stop, BLOCK_N):
+        top = tl.maximum(top, tl.max(logits(start, n_keys, scores, form, PACKED), axis=1))
+    if ONE:
+        t = logits(0, N, scores, form, N < BLOCK_N)
+        top = tl.max(t, axis=1)
+    if REST_N:
+        top = tl.maximum(top, tl.max(logits(WHOLE, N, scores, form, True), axis=1))
+
+    anchor = top
+    if LSE:
+        f = tl.zeros((BLOCK_M,), tl.int32)
+        for start in range(0, stop, BLOCK_N):
+            f += share_sum(logits(start, n_keys, scores, form, PACKED), top, inverse_octave)
+        if ONE:
+            f = share_sum(t, top, inverse_octave)
+        if REST_N:
+            f += share_sum(logits(WHOLE, N, scores, form, True), top, inverse_octave)
+        share = f.to(tl.uint32, bitcast=True).to(tl.float32) * SHARE  # up to 65280 * 65536, below 2^32
+        anchor = top + log2(tl.maximum(share, 1.0)) * octave
+
+    TYPE: tl.constexpr = tl.int32 if values_ptr is None else tl.float32
+    total = tl.zeros((BLOCK_M, 16), TYPE) if BYTE_STEP else tl.zeros((BLOCK_M,), TYPE)
+    acc = tl.zeros((BLOCK_M, PART), TYPE)
+    acc_rest = tl.zeros((BLOCK_M, REST), TYPE) if REST else acc
+    carry = tl.full((BLOCK_M, 16), 128, tl.int32) if values_ptr is None else acc  # unless there are bytes, P not zero
+    sums = (total, acc, acc_rest, carry, acc_rest)
+    for start in range(0, stop, BLOCK_N):
+        tile = logits(start, n_keys, scores, form, PACKED)
+        sums = add_tile(
+            tile, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form, code, PLANES, OFFSET, PROMOTE
+        )
+    if ONE or REST_N:
+        if REST_N:
+            t = logits(WHOLE, N, scores, form, True)
+        sums = add_tile(
+            t, anchor, sums, WHOLE, n_keys, coding, v_ptr, stride_vp, stride_vd, form, code, PLANES, OFFSET, False
+        )
+    total, acc, acc_rest, extra, extra_rest = sums
+    if BYTE_STEP:
+        # Every column of the dot with ones is the sum.
+        total = tl.max(total, axis=1) * factor
+    if values_ptr is None:
+        total = total.to(tl.uint32, bitcast=True).to(tl.float32)
+    v_scale = tl.load(v_scale_ptr + b * stride_vsb + h * stride_vsh)
+    if NORMALIZE:
+        UNIT: tl.constexpr = 1 / 256 if values_ptr is None else 1.0  # of 16-bit codes in bytes
+        weight = tl.where(total > 0, tl.div_rn(1.0, total), 0.0)
+        scale = tl.where(total > 0, tl.div_rn(v_scale, total * UNIT), 0.0)
+    else:
+        weight = tl.full((BLOCK_M,), 1.0, tl.float32) * p_unit
+        scale = weight * v_scale
+    _store(
+        acc, extra, scale, factor, offset, offs_m, mask_m, out_ptr, out_scale_ptr, h, H * D, 0, PART, D, OFFSET,
+        OUT_SCALE_PER_COLUMN,
+    )  # fmt: skip
+    if REST:
+        _store(
+            acc_rest, extra_rest, scale, factor, offset, offs_m, mask_m, out_ptr, out_scale_ptr, h, H * D, PART, REST,
+            D, OFFSET, OUT_SCALE_PER_COLUMN,
+        )  # fmt: skip
+    if lse_ptr is not None:
+        if not LSE and thresholds_ptr is None and values_ptr is not None:
+            anchor = tl.where(top == -float("inf"), top, rint(top).to(tl.float32))
+        lse = anchor if values_ptr is None else anchor * inverse_octave * LN2
+        if not LSE:
+            lse += log2(tl.maximum(total * p_unit, 1e-37)) * LN2
+        tl.store(lse_ptr + row + offs_m, lse, mask=mask_m)
+    if columns_ptr is not None:
+        weight = tl.where(mask_m, weight, 0.0)
+        for start in range(0, stop, BLOCK_N):
+            tile = logits(start, n_keys, scores, form, PACKED)
+            add_columns(tile, anchor, weight, columns_ptr + column, start, n_keys, coding, form, code)
+        if ONE or REST_N:
+            if REST_N:
+                t = logits(WHOLE, N, scores, form, True)
+            add_columns(t, anchor, weight, columns_ptr + column, WHOLE, n_keys, coding, form, code)
+    if cls_ptr is not None:
+        if block_m == 0:
+            cls_ptr += column
+            sum_first = 0.0
+            for start in range(0, stop, BLOCK_N):
+                tile = logits(start, n_keys, scores, form, PACKED)
+                sum_first += tl.sum(first_row(tile, top, offs_m, inverse_octave), axis=0)
+            if ONE or REST_N:
+                if REST_N:
+                    t = logits(WHOLE, N, scores, form, True)
+                first = first_row(t, top, offs_m, inverse_octave)
+                sum_first += tl.sum(first, axis=0)
+                _store_first(cls_ptr, WHOLE, first, sum_first, n_keys, form)
+            for start in range(0, stop, BLOCK_N):
+                first = first_row(logits(start, n_keys, scores, form, PACKED), top, offs_m, inverse_octave)
+                _store_first(cls_ptr, start, first, sum_first, n_keys, form)
+
+
+def _blocks(Nq: int, Nk: int, packed: bool) -> dict[str, int]:
+    """A row of up to 256 keys is one tile of 64 queries, scores in registers; longer rows are streamed."""
+    if Nk <= 256 and not packed:
+        return {"BLOCK_M": 64, "BLOCK_N": max(32, triton.next_power_of_2(Nk)), "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+
+
+def _parts(D: int) -> tuple[int, int]:
+    """A head's inputs in one or two powers of two, at least the 32 of an 8-bit dot."""
+    whole = max(32, triton.next_power_of_2(D))
+    rest = 0 if whole <= 32 else max(32, triton.next_power_of_2(D - whole // 2))
+    return (whole // 2, rest) if 0 < rest < whole // 2 else (whole, 0)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def _float32(x: float) -> float:
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def _strides(t: Tensor | None, n: int) -> tuple[int, ...]:
+    return (0,) * n if t is None else t.stride()
+
+
+def quant_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    softmax_scale: float,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    grid_bias_h: Tensor | None,
+    grid_bias_w: Tensor | None,
+    out_scale: Tensor | None,
+    p_values: Tensor | None,
+    p_thresholds: Tensor | None,
+    p_steps: float,
+    p_shift: float,
+    p_unit: float,
+    p_offset: float,
+    p_operand: str,
+    p_anchor: str,
+    p_normalize: bool,
+    v_bits: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen: int,
+    emit_cls: bool,
+    emit_lse: bool,
+    emit_columns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, H, Nq, D), Nk = q.shape, k.shape[2]
+    packed = cu_seqlens_q is not None
+    sequences, longest = (cu_seqlens_q.shape[0] - 1, max_seqlen) if packed else (B, Nq)
+
+    def zeros(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape if wanted else (0,), dtype=dtype, device=q.device)
+
+    out = torch.empty((B, Nq, H * D), dtype=torch.float32 if out_scale is None else torch.int8, device=q.device)
+    cls, columns = zeros(emit_cls, B, H, Nk), zeros(emit_columns, B, H, Nk, dtype=torch.int64)
+    lse = torch.full_like(zeros(emit_lse, B, H, Nq), -torch.inf)
+    if out.numel() == 0 or Nk == 0:
+        return out.zero_(), zeros(emit_cls, B, Nk), lse, zeros(emit_columns, B, H, Nk)
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    capability, bytes_ = _capability(q), p_values is None
+    byte_step = {"e4m3": 8, "e5m2": 4}.get(p_operand, 0) // max(1, round(p_steps))
+    one_scale = v_scale.shape[2] == 1 or v_scale.stride(2) == 0
+    fp8 = byte_step > 0 and v.dtype.itemsize == 1 and one_scale and capability >= (8, 9)
+    octave = 1 / LOG2_E if bytes_ else p_steps if p_thresholds is None else 1.0
+    part, rest = _parts(D)
+    blocks = _blocks(longest, Nk, packed)
+    blocks_m = triton.cdiv(longest, blocks["BLOCK_M"])
+    with torch.cuda.device_of(q):
+        ratio, operand = None, torch.float8_e4m3fn if fp8 else torch.float16
+        if bytes_ and not one_scale:
+            ratio, v_scale = ratio_of(v_scale)
+        planes, scale = prepare(v, v_scale, v_bits, torch.int8 if bytes_ else operand, cu_seqlens_k)
+        _quant_attention_kernel[(blocks_m * H * sequences,)](
+            q, k, planes, q_scale, k_scale, scale, bias, key_bias, grid_bias_h, grid_bias_w, vector(out_scale),
+            vector(p_values), vector(p_thresholds), ratio, vector(cu_seqlens_q), vector(cu_seqlens_k), out,
+            cls if emit_cls else None, lse if emit_lse else None, columns if emit_columns else None,
+            H, Nq, blocks_m, *q.stride()[:3], *k.stride()[:3], *planes.stride()[:4], *q_scale.stride(),
+            *k_scale.stride(), *scale.stride(), *_strides(bias, 4), *_strides(key_bias, 2), *_strides(grid_bias_h, 4),
+            *_strides(grid_bias_w, 4),
+            _float32(softmax_scale if bytes_ else softmax_scale * LOG2_E * octave), _float32(LOG2_E * octave),
+            float("inf") if bytes_ else _float32(LIMIT / (2**14 * D)),
+            float(octave), _float32(1 / octave), _float32(p_shift),
+            _float32(1 / 65280 if bytes_ else p_unit), _float32(p_offset),
+            N=Nk, D=D, PART=part, REST=rest, KW=1 if grid_bias_w is None else grid_bias_w.shape[3],
+            L=0 if bytes_ else p_values.shape[0], LSE=p_anchor == "lse", BYTE_STEP=byte_step, E4M3=p_operand == "e4m3",
+            FP8=fp8, NORMALIZE=p_normalize, OFFSET=p_offset != 0, PLANES=planes.shape[2],
+            K_SCALE_PER_KEY=k_scale.stride(2) != 0, OUT_SCALE_PER_COLUMN=out_scale is not None and out_scale.shape[0] > 1,
+            PROMOTE=fp8 and capability[0] != 10, **blocks, **FLAGS,
+        )  # fmt: skip
+    cls = cls.mean(dim=1) if emit_cls else cls
+    return out, cls, lse, (columns.double() / COLUMN_UNITS.value).float() if emit_columns else zeros(False)
