@@ -95,7 +95,8 @@ class CodedAttention(nn.Module):
         if self.factors[0]:
             return None
         q_scale, k_scale, _ = self._scales()
-        return -(q_scale * k_scale * self.scale * self.head_zero_point[0] * k.sum(dim=-1, dtype=torch.int32))[:, :, None]
+        per_unit = q_scale * k_scale * self.scale * self.head_zero_point[0]
+        return -(per_unit * k.sum(dim=-1, dtype=torch.int32))[:, :, None]
 
     def _scales(self) -> tuple[Tensor, ...]:
         """(H, 1) of what is multiplied."""
