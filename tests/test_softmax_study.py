@@ -108,6 +108,14 @@ def error(digits, **rest):
     return ((found - exact).norm() / exact.norm()).item()
 
 
+def test_the_exact_softmax_changes_nothing(digits, monkeypatch):
+    model, samples, images = digits
+    monkeypatch.setattr(study, "probabilities", lambda s, form, top: study.softmax(s))
+    with torch.inference_mode():
+        found = study.studied(model, variant(log2(4), centre=True), samples)(images)
+        assert torch.allclose(found, model(images), atol=1e-3)
+
+
 def test_a_fine_format_changes_nothing_else(digits):
     """Nor is the model touched: it still runs its own attention, on the same weights."""
     model, samples, images = digits
@@ -184,13 +192,13 @@ def test_v_in_e4m3(digits):
 
 
 def test_summary():
-    """Four images: one lost, one won, one the same wrong, one the same right, the lost one predicted otherwise."""
-    exact = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [2, 0, 0]])
-    logits = torch.tensor([[0.0, 2, 0], [2, 0, 0], [0, 0, 2], [2, 0, 0]])
-    row = softmax_formats.summary(variant(None), logits, exact, torch.tensor([0, 0, 1, 0]))
-    assert (row["images"], row["top1"], row["lost"], row["agreement"]) == (4, 0.5, 0.0, 0.5)
-    assert row["lost_error"] == pytest.approx(math.sqrt(0.5 / 4))  # lost is 1, -1, 0, 0
-    assert row["logit_error"] == pytest.approx(1.0)  # |(-2, 2), (2, -2)| = 4 = |exact|
+    """Five images: one lost, one won, one the same right, two the same wrong."""
+    exact = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [2, 0, 0], [0, 0, 2]])
+    logits = torch.tensor([[0.0, 2, 0], [2, 0, 0], [0, 0, 2], [2, 0, 0], [0, 0, 2]])
+    row = softmax_formats.summary(variant(None), logits, exact, torch.tensor([0, 0, 1, 0, 0]))
+    assert (row["images"], row["top1"], row["lost"], row["agreement"]) == (5, 0.4, 0.0, 0.6)
+    assert row["lost_error"] == pytest.approx(math.sqrt(2 / 5 / 5))  # lost is 1, -1, 0, 0, 0
+    assert row["logit_error"] == pytest.approx(4 / math.sqrt(20))
 
 
 def test_study_names_every_row_once():
