@@ -273,7 +273,9 @@ class ExpFreeAttention(nn.Module):
 
 
 class ExpFreeSelfAttention(nn.Module):
-    """Multi-head self-attention x (B, N, C) in floats, but for its softmax and the two matmuls beside that.
+    """Multi-head self-attention in floats, but for its softmax and the two matmuls beside that.
+
+    x is (B, N, C) or, a grid of tokens, (B, h, w, C).
 
     Its Linears and norms hold the parameters of those it was made of, which can be trained, or replaced in turn. Their
     names are those of timm, where the projection is a fused one: state dicts fit each other.
@@ -306,6 +308,7 @@ class ExpFreeSelfAttention(nn.Module):
 
         rotary: cos and sin, as in Position.heads.
         """
+        shape, x = x.shape, x.flatten(1, -2)
         qkv = self.qkv(x).chunk(3, dim=-1) if self._fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv)
         q = q if self.q_norm is None else self.q_norm(q)
@@ -315,7 +318,7 @@ class ExpFreeSelfAttention(nn.Module):
             boolean = attn_mask is not None and attn_mask.dtype == torch.bool
             attn_mask = self.position.add_bias(_additive(attn_mask) if boolean else attn_mask)
         y = self.attention(q, k, v, attn_mask, scale=self.scale)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.proj(y.transpose(1, 2).flatten(2)).view(shape)
 
     def config(self) -> dict:
         linears = [self.qkv] if self._fused else [self.q_proj, self.k_proj, self.v_proj]
