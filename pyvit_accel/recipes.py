@@ -32,7 +32,7 @@ from pyvit_accel.formats.pow2 import ps_weight
 from pyvit_accel.formats.softmax import SoftmaxFormat, linear_mantissa
 from pyvit_accel.formats.twin import uniform
 from pyvit_accel.modules import CodebookLinear, ExpFreeSelfAttention, QuantPatchEmbed, WeightOnlyLinear, build
-from pyvit_accel.modules.build import Scheme
+from pyvit_accel.modules.build import LINEAR_MANTISSA, Scheme
 from pyvit_accel.modules.quant_linear import PackedWeight
 from pyvit_accel.planning import Calibration, Reconstruction
 
@@ -116,18 +116,19 @@ def integer(
     observer: str = "minmax",
     granularity: str = "token",
     bias_correction: bool = True,
+    softmax: SoftmaxFormat | None = LINEAR_MANTISSA,
     search: bool | None = None,
     reconstruction: Reconstruction | None = None,
 ) -> Recipe:
     """Integer weights of w_bits (2, 3, 4, 5, 6, 8) and activations of x_bits (3 to 8).
 
-    head_bits to bias_correction  as in modules.build.Scheme; the classifier keeps 8 bits unless `layers` names it
+    head_bits to softmax  as in modules.build.Scheme; the classifier keeps 8 bits unless `layers` names it
     search          whether codes, clips and biases are searched, block by block (calibrate.refine); None: below 8 bits.
                     The biases of blocks that are searched are corrected in any case
     reconstruction  also learn the rounding, as calibrate.reconstruct does: minutes for a small model
     """
     choices = (*layers, *((name, 8, 8) for name in CLASSIFIERS))
-    scheme = Scheme(w_bits, x_bits, head_bits, choices, None, observer, granularity, bias_correction)
+    scheme = Scheme(w_bits, x_bits, head_bits, choices, None, observer, granularity, bias_correction, softmax)
     low = min(w_bits, x_bits, *(min(bits) for _, *bits in layers)) < 8
     search = low if search is None else search
     return _integer(f"W{w_bits}A{x_bits}", scheme, search=search, reconstruction=reconstruction)

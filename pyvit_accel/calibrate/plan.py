@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyvit_accel.calibrate.observers import Activation
 from pyvit_accel.formats import affine
+from pyvit_accel.formats.softmax import SoftmaxFormat
 
 Rint = Callable[[Tensor], Tensor]
 ACTIVATIONS = {
@@ -78,7 +79,10 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """A pre-norm block. norm weights and biases (C,); head_scale (3, H, 1) of q, k, v, None: per token and head."""
+    """A pre-norm block. norm weights and biases (C,); head_scale (3, H, 1) of q, k, v, None: per token and head.
+
+    softmax: the format of the probabilities, which block_output leaves as they are; None: bytes of an exponential.
+    """
 
     norm1: tuple[Tensor, Tensor, float]  # weight, bias, eps
     qkv: LinearPlan
@@ -93,6 +97,7 @@ class BlockPlan:
     activation: str
     fc2: LinearPlan
     layer_scale2: Tensor | None
+    softmax: SoftmaxFormat | None = None
 
 
 def quantized_input(plan: LinearPlan, x: Tensor, rint: Rint = torch.round) -> Tensor:

@@ -21,6 +21,7 @@ from pyvit_accel import calibrate
 from pyvit_accel.calibrate import Activation, BlockPlan, LinearPlan, Observed
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import packed
+from pyvit_accel.formats.softmax import SoftmaxFormat, linear_mantissa
 
 from .parts import AttentionParts, BlockParts, MlpParts
 from .position import Position
@@ -32,6 +33,7 @@ from .quant_mlp import QuantMlp
 GELU_MINIMUM = -0.1701  # just below the smallest value of any GELU: -0.16997 exact, -0.17004 tanh, -0.1636 quick
 # Of range_fold below 8 bits: with 4-bit inputs of fc1 the logit error is 7 % (DeiT-Ti), 4 % (ViT-Ti) below that of 0.5.
 LOW_BIT_FOLD = 0.75
+LINEAR_MANTISSA = linear_mantissa(3)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Scheme:
     observed         what calibration saw; None: every scale is found per token at run time
     observer         "minmax", "percentile" or "mse": how a static scale follows from what was seen
     granularity      of norm and GELU outputs: "token", found at run time, or "tensor", static
+    softmax          format of attention probabilities where v has a static scale; None: bytes, of an exponential, as
+                     where v has one per token
     bias_correction  keep the mean output of every static Linear where the calibration data had it
     """
 
@@ -55,6 +59,7 @@ class Scheme:
     observer: str = "minmax"
     granularity: str = "token"
     bias_correction: bool = True
+    softmax: SoftmaxFormat | None = LINEAR_MANTISSA
 
     def __post_init__(self) -> None:
         for name, choices in (("observer", ("minmax", "percentile", "mse")), ("granularity", ("token", "tensor"))):
@@ -95,8 +100,9 @@ def quant_mlp(parts: MlpParts, scheme: Scheme) -> QuantMlp:
 
 
 def quant_attention(parts: AttentionParts, scheme: Scheme) -> QuantAttention:
-    qkv, proj = _dynamic(parts.qkv, scheme), _dynamic((parts.proj,), scheme)
-    return _attention(parts, qkv, proj, _head_scale(parts, scheme), scheme.head_bits)
+    qkv, proj, head_scale = _dynamic(parts.qkv, scheme), _dynamic((parts.proj,), scheme), _head_scale(parts, scheme)
+    softmax = None if head_scale is None else scheme.softmax
+    return _attention(parts, qkv, proj, head_scale, scheme.head_bits, softmax)
 
 
 def quant_block(parts: BlockParts, scheme: Scheme) -> QuantBlock:
@@ -111,13 +117,14 @@ def plan_block(parts: BlockParts, scheme: Scheme) -> BlockPlan:
     for s in (parts.layer_scale1, parts.layer_scale2):
         check_finite("layer_scale", s)
     layer_scales = [None if s is None else s.detach().float().clone() for s in (parts.layer_scale1, parts.layer_scale2)]
+    head_scale = _head_scale(attention, scheme)
     return BlockPlan(
         norm1=norm1,
         qkv=qkv,
         num_heads=attention.num_heads,
         softmax_scale=attention.scale,
         head_bits=scheme.head_bits,
-        head_scale=_head_scale(attention, scheme),
+        head_scale=head_scale,
         proj=_dynamic((attention.proj,), scheme),
         layer_scale1=layer_scales[0],
         norm2=norm2,
@@ -125,6 +132,7 @@ def plan_block(parts: BlockParts, scheme: Scheme) -> BlockPlan:
         activation=mlp.activation,
         fc2=_fc2(mlp.fc2, scheme),
         layer_scale2=layer_scales[1],
+        softmax=None if head_scale is None else scheme.softmax,
     )
 
 
@@ -141,7 +149,7 @@ def pack_block(plan: BlockPlan, parts: BlockParts) -> QuantBlock:
         for norm, (weight, bias, _) in ((parts.norm1, plan.norm1), (parts.norm2, plan.norm2))
     )
     mlp = QuantMlp(QuantLinear.from_plan(plan.fc1), QuantLinear.from_plan(plan.fc2), plan.activation)
-    attention = _attention(parts.attention, plan.qkv, plan.proj, plan.head_scale, plan.head_bits)
+    attention = _attention(parts.attention, plan.qkv, plan.proj, plan.head_scale, plan.head_bits, plan.softmax)
     return QuantBlock(norm1, attention, norm2, mlp, plan.layer_scale1, plan.layer_scale2)
 
 
@@ -195,10 +203,15 @@ def _head_scale(parts: AttentionParts, scheme: Scheme) -> Tensor | None:
 
 
 def _attention(
-    parts: AttentionParts, qkv: LinearPlan, proj: LinearPlan, head_scale: Tensor | None, head_bits: int
+    parts: AttentionParts,
+    qkv: LinearPlan,
+    proj: LinearPlan,
+    head_scale: Tensor | None,
+    head_bits: int,
+    softmax: SoftmaxFormat | None,
 ) -> QuantAttention:
     linears = QuantLinear.from_plan(qkv), QuantLinear.from_plan(proj)
-    new = QuantAttention(*linears, parts.num_heads, parts.scale, head_scale is not None, head_bits)
+    new = QuantAttention(*linears, parts.num_heads, parts.scale, head_scale is not None, head_bits, softmax)
     if head_scale is not None:
         new.set_head_scale(head_scale)
     for name in ("q_norm", "k_norm"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit_accel import ops
+from pyvit_accel.formats.softmax import SoftmaxFormat, from_description
 
 from .gradient import refuse_gradient
 from .position import Position
@@ -22,6 +23,7 @@ class QuantAttention(nn.Module):
     head_scale  (3, H, 1)  static scales of q, k and v per head; None: one per token and head, found at run time
     qkv_scale   (3 C,)     the same, one per output feature of the qkv matmul, which writes the codes
     head_bits               2 to 8, of the codes of q, k and v
+    softmax                 the format of the probabilities; None: bytes, of an exponential
     q_norm, k_norm          over head_dim, or None; position: None, or what rotates q and k and is added to the scores
 
     The attention output is quantised per token: its range varies most between tokens, and it is small.
@@ -35,17 +37,22 @@ class QuantAttention(nn.Module):
         scale: float,
         static: bool = False,
         head_bits: int = 8,
+        softmax: SoftmaxFormat | None = None,
     ) -> None:
         super().__init__()
         self.qkv, self.proj, self.num_heads, self.scale, self.head_bits = qkv, proj, num_heads, scale, head_bits
         self.head_dim = proj.in_features // num_heads
-        self.p_steps, self.p_operand = 0.0, ""
-        self.register_buffer("p_values", None)
+        self.softmax = softmax
         self.q_norm: nn.LayerNorm | nn.RMSNorm | None = None
         self.k_norm: nn.LayerNorm | nn.RMSNorm | None = None
         self.position: Position | None = None
         self.register_buffer("head_scale", torch.ones(3, num_heads, 1) if static else None)
         self.register_buffer("qkv_scale", torch.ones(qkv.out_features) if static else None)
+
+    def _apply(self, fn, recurse: bool = True) -> QuantAttention:
+        if self.softmax is not None:  # no buffer: half() would round its thresholds
+            self.softmax = self.softmax.to(fn(torch.empty_like(self.softmax.values)).device)
+        return super()._apply(fn, recurse)
 
     def set_head_scale(self, head_scale: Tensor) -> None:
         """head_scale (3, H, 1), float32."""
@@ -106,6 +113,8 @@ class QuantAttention(nn.Module):
             k_scale,
             v_scale,
             self.scale,
+            softmax=self.softmax,
+            v_bits=self.head_bits,
             mask=attn_mask if boolean else None,
             bias=bias if self.position is None else self.position.add_bias(bias),
             grid_bias=grid_bias,
@@ -130,6 +139,7 @@ class QuantAttention(nn.Module):
             "scale": self.scale,
             "static": self.head_scale is not None,
             "head_bits": self.head_bits,
+            "softmax": None if self.softmax is None else self.softmax.describe(),
             "q_norm": None if self.q_norm is None else self.q_norm.eps,
             "k_norm": None if self.k_norm is None else self.k_norm.eps,
             "rms_norms": [name for name in NORMS if isinstance(getattr(self, name), nn.RMSNorm)],
@@ -139,7 +149,8 @@ class QuantAttention(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> QuantAttention:
         qkv, proj = QuantLinear(**config["qkv"]), QuantLinear(**config["proj"])
-        new = cls(qkv, proj, config["num_heads"], config["scale"], config["static"], config["head_bits"])
+        softmax = None if config.get("softmax") is None else from_description(config["softmax"])
+        new = cls(qkv, proj, config["num_heads"], config["scale"], config["static"], config["head_bits"], softmax)
         for name in NORMS:
             if config[name] is not None:
                 norm = nn.RMSNorm if name in config.get("rms_norms", ()) else nn.LayerNorm
@@ -150,4 +161,7 @@ class QuantAttention(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "per token and head" if self.head_scale is None else "static per head"
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, q k v=int{self.head_bits} {kind}"
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, q k v=int{self.head_bits} {kind}{self._softmax_label()}"
+
+    def _softmax_label(self) -> str:
+        return "" if self.softmax is None else f", softmax={self.softmax.label}"
