@@ -122,6 +122,17 @@ def test_equals_autograd_through_the_straight_through_model(impl, form, shape, m
         assert ((g.double() - t).abs() <= error).all()
 
 
+def test_grid_bias():
+    """Its gradient is that of the mask it stands for, summed."""
+    (q, k, v, _), dy = problem(2, 4, 2, 6, 28, 8, 12)
+    h, w = (torch.randn(*shape).requires_grad_() for shape in ((2, 1, 6, 4), (4, 6, 7)))
+    mask = (h[..., :, None] + w[..., None, :]).flatten(-2)
+    truth = torch.autograd.grad(exp_free_attention(q, k, v, mask, enable_gqa=True), (q, k, v, h, w), dy)
+    y = exp_free_attention(q, k, v, enable_gqa=True, grid_bias=(h, w))
+    for g, t in zip(torch.autograd.grad(y, (q, k, v, h, w), dy), truth, strict=True):
+        assert ((g - t).abs() <= 64 * U32 * t.abs().max()).all()
+
+
 def differences(f, inputs, dy, h):
     """Central differences of sum(f dy) by each element of each input, float64."""
     results = []

@@ -99,7 +99,7 @@ def test_result_is_laid_out_for_the_projection():
 @pytest.mark.parametrize("D, Dv", [(32, 48), (48, 32), (64, 1)])
 def test_values_of_another_width(impl, D, Dv):
     q, k, v = heads(2, 2, 9, 21, D, Dv)
-    y, truth = impl(exp_free_attention, q, k, v, scale=0.1), exact(q, k, v, None, 0.1, linear_mantissa(3))
+    y, truth = impl(exp_free_attention, q, k, v), exact(q, k, v, None, D**-0.5, linear_mantissa(3))
     assert y.shape == (2, 2, 9, Dv) and ((y.double() - truth.y).abs() <= truth.error).all()
 
 
@@ -118,6 +118,20 @@ def test_grouped_queries():
     y = exp_free_attention(q, k, v, enable_gqa=True)
     assert torch.equal(y, exp_free_attention(q, *(t.repeat_interleave(3, dim=1) for t in (k, v))))
     assert (y - sdpa(q, k, v, enable_gqa=True)).abs().max() < 0.2
+
+
+def test_grid_bias():
+    """As the mask that it stands for; for every batch of more leading dimensions its own."""
+    q, k, v = (torch.randn(2, 2, 3, n, 32) for n in (9, 20, 20))
+    h, w = torch.randn(2, 1, 3, 9, 4), torch.randn(3, 9, 5)
+    mask = (h[..., :, None] + w[..., None, :]).flatten(-2)
+    y = exp_free_attention(q, k, v, grid_bias=(h, w))
+    assert torch.equal(y, exp_free_attention(q, k, v, mask))
+    assert not torch.equal(y[0], exp_free_attention(q, k, v, mask.flip(0))[0])
+    with pytest.raises(
+        ValueError, match=r"^exp_free_attention: grid_bias \(8, 4\) does not broadcast to \(2, 2, 3, 9, 4\)"
+    ):
+        exp_free_attention(q, k, v, grid_bias=(torch.zeros(8, 4), w))
 
 
 def test_scale():

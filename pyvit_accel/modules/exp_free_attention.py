@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit_accel import ops
-from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import affine
 from pyvit_accel.formats.softmax import SoftmaxFormat, from_description, linear_mantissa
 
@@ -47,6 +46,14 @@ class _Operands(NamedTuple):
     q_scale: Tensor
     k_scale: Tensor
     v_scale: Tensor
+
+
+class _Added(NamedTuple):
+    """To the scores: bias broadcastable to (B, H, Nq, Nk), and h and w as grid_bias of ops.quant_attention; float32."""
+
+    bias: Tensor | None = None
+    h: Tensor | None = None
+    w: Tensor | None = None
 
 
 def _per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,31 +83,33 @@ def _quantize(query: Tensor, key: Tensor, value: Tensor) -> _Operands:
     return _Operands(q, k, v, q_scale, k_scale, v_scale)
 
 
-def _attend(o: _Operands, v: Tensor, bias: Tensor | None, scale: float, softmax: SoftmaxFormat) -> Tensor:
+def _attend(o: _Operands, v: Tensor, added: _Added, scale: float, softmax: SoftmaxFormat) -> Tensor:
     """P v of codes v (B, H, Nk, W), float32 (B, H, Nq, W), a view of (B, Nq, H, W)."""
     (B, H, Nq, W), G = o.q.shape, o.q.shape[1] // o.k.shape[1]
     k, k_scale, v = (t if G == 1 else t.repeat_interleave(G, dim=1) for t in (o.k, o.k_scale, v))
     one = torch.ones(1, device=v.device)
-    out = ops.quant_attention(o.q, k, v, o.q_scale, k_scale, one, scale, softmax=softmax, bias=bias)
+    grid = None if added.h is None else (added.h, added.w)
+    scales = o.q_scale, k_scale, one
+    out = ops.quant_attention(o.q, k, v, *scales, scale, softmax=softmax, bias=added.bias, grid_bias=grid)
     return out.view(B, Nq, H, W).transpose(1, 2)
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softmax: SoftmaxFormat
+    query: Tensor, key: Tensor, value: Tensor, added: _Added, scale: float, softmax: SoftmaxFormat
 ) -> tuple[Tensor, _Operands]:
     """float32 (B, H, Nq, Dv), and what it was computed from."""
     o = _quantize(query, key, value)
     v_scale = o.v_scale.repeat_interleave(o.q.shape[1] // o.v.shape[1], dim=1)
-    return _attend(o, o.v, bias, scale, softmax)[..., : value.shape[-1]].mul_(v_scale), o
+    return _attend(o, o.v, added, scale, softmax)[..., : value.shape[-1]].mul_(v_scale), o
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softmax: SoftmaxFormat
+        ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: SoftmaxFormat, *added: Tensor | None
     ) -> Tensor:
-        y, operands = _forward(query, key, value, bias, scale, softmax)
-        ctx.save_for_backward(*operands, bias, y)
+        y, operands = _forward(query, key, value, _Added(*added), scale, softmax)
+        ctx.save_for_backward(y, *operands, *added)
         ctx.scale, ctx.softmax, ctx.dtype, ctx.D = scale, softmax, query.dtype, query.shape[-1]
         return y.to(query.dtype)
 
@@ -108,17 +117,18 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("exp_free_attention: its gradient has no derivative; leave create_graph out")
-        *operands, bias, y = ctx.saved_tensors
-        dbias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
-        dq, dk, dv = _gradients(_Operands(*operands), bias, ctx.scale, ctx.softmax, y, dy.float(), ctx.D, dbias)
-        return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), dbias, None, None
+        y, *operands = ctx.saved_tensors
+        o, added = _Operands(*operands[:6]), _Added(*operands[6:])
+        asked = zip(added, ctx.needs_input_grad[-3:], strict=True)
+        slopes = _Added(*(torch.zeros_like(t) if asks else None for t, asks in asked))
+        heads = _gradients(o, added, ctx.scale, ctx.softmax, y, dy.float(), ctx.D, slopes)
+        return *(t.to(ctx.dtype) for t in heads), None, None, *slopes
 
 
 def _gradients(
-    o: _Operands, bias: Tensor | None, scale: float, softmax: SoftmaxFormat, y: Tensor, dy: Tensor, D: int,
-    dbias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, float32; adds to dbias. W keys at a time, so nothing of Nq x Nk is held.
+    o: _Operands, added: _Added, scale: float, softmax: SoftmaxFormat, y: Tensor, dy: Tensor, D: int, slopes: _Added
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, float32; adds to slopes. W keys at a time, so nothing of Nq x Nk is held.
 
     P is what the forward multiplied, to a rounding: its own kernel gives the columns of W keys when v are rows of the
     identity.
@@ -134,15 +144,22 @@ def _gradients(
     for start in range(0, Nk, W):
         keys = slice(start, min(start + W, Nk))
         columns = identity[Nk - start : 2 * Nk - start].expand(*o.v.shape[:2], Nk, W)
-        p = _attend(o, columns, bias, scale, softmax)[..., : keys.stop - start]
+        p = _attend(o, columns, added, scale, softmax)[..., : keys.stop - start]
         dv[:, :, keys] = p.mT @ dy
         ds = p * (dy @ v[:, :, keys].mT - row)
         dq += ds @ k[:, :, keys]
         dk[:, :, keys] = ds.mT @ q
-        if dbias is not None:
-            part = dbias if dbias.shape[-1] == 1 else dbias[..., keys]
-            part += ds.sum_to_size(*part.shape[:-1], 1 if dbias.shape[-1] == 1 else keys.stop - start)
+        _add(slopes, ds, torch.arange(start, keys.stop, device=q.device))
     return dq, *(t.unflatten(1, (Hk, G)).sum(dim=2) for t in (dk, dv))
+
+
+def _add(slopes: _Added, ds: Tensor, keys: Tensor) -> None:
+    """ds (B, H, Nq, n), of these keys, to the gradients of what was added to their scores."""
+    columns = 1 if slopes.w is None else slopes.w.shape[-1]
+    for t, at in zip(slopes, (keys, keys // columns, keys % columns), strict=True):
+        if t is not None:
+            at = at if t.shape[-1] > 1 else torch.zeros_like(at)
+            t.index_add_(3, at, ds.sum_to_size(*t.shape[:-1], len(keys)))
 
 
 def exp_free_attention(
@@ -156,6 +173,7 @@ def exp_free_attention(
     enable_gqa: bool = False,
     *,
     softmax: SoftmaxFormat = DEFAULT,
+    grid_bias: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """F.scaled_dot_product_attention(query, key, value, ...), its arguments and meaning.
 
@@ -167,6 +185,7 @@ def exp_free_attention(
     scale       of the scores; None: D^-0.5
     enable_gqa  key and value may have fewer heads, each for H / Hk heads of the query in turn
     softmax     the format of the probabilities, on the device of query
+    grid_bias   (..., H, Nq, Kh), (..., H, Nq, Kw)  broadcastable, added to the scores as ops.quant_attention does
     returns     (..., H, Nq, Dv), the dtype of query, a view of (..., Nq, H, Dv): the transposition before a projection
                 copies nothing
 
@@ -183,17 +202,20 @@ def exp_free_attention(
         if attn_mask is not None:
             raise ValueError("exp_free_attention: is_causal=True came with an attn_mask; pass one mask of both")
         attn_mask = torch.ones(Nq, Nk, dtype=torch.bool, device=query.device).tril()
-    bias = None if attn_mask is None else _bias(attn_mask, (*leading, H, Nq, Nk))
+    added = _Added(
+        None if attn_mask is None else _bias("attn_mask", attn_mask, (*leading, H, Nq, Nk)),
+        *(() if grid_bias is None else (_bias("grid_bias", t, (*leading, H, Nq, t.shape[-1])) for t in grid_bias)),
+    )
     if 0 in (query.numel(), key.numel(), value.numel()):
         nothing = sum(t[..., :0].sum() for t in (query, key, value))  # which has their gradients
         return query.new_zeros(*query.shape[:-1], Dv) + nothing
     B, scale = prod(leading), D**-0.5 if scale is None else float(scale)
     softmax = softmax if softmax.values.device == query.device else softmax.to(query.device)
     q, k, v = query.reshape(B, H, Nq, D), key.reshape(B, Hk, Nk, D), value.reshape(B, Hk, Nk, Dv)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
-        y = _StraightThrough.apply(q, k, v, bias, scale, softmax)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *added)):
+        y = _StraightThrough.apply(q, k, v, scale, softmax, *added)
     else:
-        y = _forward(q, k, v, bias, scale, softmax)[0].to(query.dtype)
+        y = _forward(q, k, v, added, scale, softmax)[0].to(query.dtype)
     return y.reshape(*query.shape[:-1], Dv)
 
 
@@ -215,18 +237,18 @@ def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
     return H, Hk
 
 
-def _bias(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What is added to the scores, float32, broadcastable to (B, H, Nq, Nk); shape (..., H, Nq, Nk)."""
+def _bias(name: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What is added to the scores, float32, broadcastable to (B, H, Nq, n); shape (..., H, Nq, n)."""
     try:
-        attn_mask.expand(shape)
+        t.expand(shape)
     except RuntimeError:
-        came = tuple(attn_mask.shape)
-        raise ValueError(f"exp_free_attention: attn_mask {came} does not broadcast to {shape}") from None
-    attn_mask = _additive(attn_mask) if attn_mask.dtype == torch.bool else attn_mask
-    full = attn_mask[(None,) * (max(len(shape), 3) - attn_mask.dim())]
-    if any(n > 1 for n in full.shape[:-3]):
-        full = full.expand(*shape[:-3], *full.shape[-3:])
-    return full.reshape(prod(full.shape[:-3]), *full.shape[-3:]).float()
+        came = tuple(t.shape)
+        raise ValueError(f"exp_free_attention: {name} {came} does not broadcast to {shape}") from None
+    t = _additive(t) if t.dtype == torch.bool else t
+    t = t[(None,) * (max(len(shape), 3) - t.dim())]
+    if any(n > 1 for n in t.shape[:-3]):
+        t = t.expand(*shape[:-3], *t.shape[-3:])
+    return t.reshape(prod(t.shape[:-3]), *t.shape[-3:]).float()
 
 
 def _additive(mask: Tensor) -> Tensor:
@@ -255,11 +277,12 @@ class ExpFreeAttention(nn.Module):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        *,
+        grid_bias: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """As exp_free_attention."""
-        return exp_free_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softmax=self.softmax
-        )
+        given = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        return exp_free_attention(*given, softmax=self.softmax, grid_bias=grid_bias)
 
     def config(self) -> dict:
         return {"softmax": self.softmax.describe()}
@@ -279,14 +302,10 @@ class ExpFreeSelfAttention(nn.Module):
 
     Its Linears and norms hold the parameters of those it was made of, which can be trained, or replaced in turn. Their
     names are those of timm, where the projection is a fused one: state dicts fit each other.
-
-    Raises Unsupported for decomposed relative position.
     """
 
     def __init__(self, parts: AttentionParts, softmax: SoftmaxFormat = DEFAULT) -> None:
         super().__init__()
-        if parts.tables is not None:
-            raise Unsupported("decomposed relative position reads q and the grid; QuantAttention takes it")
         names = ("qkv",) if len(parts.qkv) == 1 else ("q_proj", "k_proj", "v_proj")
         for name, linear in zip(names, parts.qkv, strict=True):
             setattr(self, name, _plain(linear))
@@ -294,8 +313,9 @@ class ExpFreeSelfAttention(nn.Module):
         self.num_heads, self.scale, self.attention = parts.num_heads, parts.scale, ExpFreeAttention(softmax)
         self.position: Position | None = None
         if parts.has_position:
-            bias, gain = (None if t is None else t.detach().float().clone() for t in (parts.bias, parts.gain))
-            self.position = Position(bias, None, gain, parts.rotary)
+            tensors = parts.bias, *(parts.tables or (None, None)), parts.gain
+            bias, *tables, gain = (None if t is None else t.detach().float().clone() for t in tensors)
+            self.position = Position(bias, None if parts.tables is None else tables, gain, parts.rotary)
 
     @property
     def _fused(self) -> bool:
@@ -313,11 +333,14 @@ class ExpFreeSelfAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
+        grid_bias = None
         if self.position is not None:
+            if self.position.table_h is not None:
+                grid_bias = self.position.grid_bias(q.to(self.position.table_h.dtype), shape[1:-1])
             q, k = (t.to(v.dtype) for t in self.position.heads(q, k, rotary))
             boolean = attn_mask is not None and attn_mask.dtype == torch.bool
             attn_mask = self.position.add_bias(_additive(attn_mask) if boolean else attn_mask)
-        y = self.attention(q, k, v, attn_mask, scale=self.scale)
+        y = self.attention(q, k, v, attn_mask, scale=self.scale, grid_bias=grid_bias)
         return self.proj(y.transpose(1, 2).flatten(2)).view(shape)
 
     def config(self) -> dict:
