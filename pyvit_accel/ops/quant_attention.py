@@ -131,7 +131,7 @@ def quant_attention(
         if Kh * Kw != Nk:
             raise ValueError(f"quant_attention: grid_bias is of {Kh} x {Kw} keys, k has {Nk}")
         grid_h, grid_w = (_expand("grid_bias", t.float(), B, H, Nq, t.shape[-1]) for t in grid_bias)
-    per_key = softmax is None or (v_scale.dim() > 0 and v_scale.shape[-1] > 1)
+    per_key = softmax is None or (v_scale.dim() > 0 and v_scale.shape[-1] != 1)
     results = _op(
         q, k, v, _expand("q_scale", q_scale, B, H, Nq), _expand("k_scale", k_scale, B, H, Nk),
         _expand("v_scale", v_scale, B, H, Nk if per_key else 1), softmax_scale, bias, key_bias, grid_h, grid_w,
