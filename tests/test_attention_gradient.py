@@ -131,6 +131,11 @@ def test_grid_bias():
     y = exp_free_attention(q, k, v, enable_gqa=True, grid_bias=(h, w))
     for g, t in zip(torch.autograd.grad(y, (q, k, v, h, w), dy), truth, strict=True):
         assert ((g - t).abs() <= 64 * U32 * t.abs().max()).all()
+    for leaf, t in ((h, truth[3]), (w, truth[4])):
+        only = [x.detach().requires_grad_(x is leaf) for x in (h, w)]
+        y = exp_free_attention(q.detach(), k.detach(), v.detach(), enable_gqa=True, grid_bias=only)
+        (g,) = torch.autograd.grad(y, [x for x in only if x.requires_grad], dy)
+        assert ((g - t).abs() <= 64 * U32 * t.abs().max()).all()
 
 
 def differences(f, inputs, dy, h):

@@ -2,7 +2,8 @@
 
     q  int8, a scale per token and head
     k  the same, less its mean over the tokens: q mean is one number per query, which no softmax sees, whatever is
-       masked. SageAttention, arXiv:2410.02367, 4.2
+       masked. SageAttention, arXiv:2410.02367, 4.2. On DeiT-Ti and ViT-Ti the error is the same without; keys that
+       share a large part need it
     v  int8, a scale per image, head and channel
     P  in a format of formats/softmax.py
 
@@ -149,17 +150,16 @@ def _gradients(
         ds = p * (dy @ v[:, :, keys].mT - row)
         dq += ds @ k[:, :, keys]
         dk[:, :, keys] = ds.mT @ q
-        _add(slopes, ds, torch.arange(start, keys.stop, device=q.device))
+        _add(slopes, added, ds, torch.arange(start, keys.stop, device=q.device))
     return dq, *(t.unflatten(1, (Hk, G)).sum(dim=2) for t in (dk, dv))
 
 
-def _add(slopes: _Added, ds: Tensor, keys: Tensor) -> None:
+def _add(slopes: _Added, added: _Added, ds: Tensor, keys: Tensor) -> None:
     """ds (B, H, Nq, n), of these keys, to the gradients of what was added to their scores."""
-    columns = 1 if slopes.w is None else slopes.w.shape[-1]
+    columns = 1 if added.w is None else added.w.shape[-1]
     for t, at in zip(slopes, (keys, keys // columns, keys % columns), strict=True):
-        if t is not None:
-            at = at if t.shape[-1] > 1 else torch.zeros_like(at)
-            t.index_add_(3, at, ds.sum_to_size(*t.shape[:-1], len(keys)))
+        if t is not None:  # modulo: a bias that is one for all keys
+            t.index_add_(3, at % t.shape[-1], ds.sum_to_size(*t.shape[:-1], len(keys)))
 
 
 def exp_free_attention(
@@ -188,6 +188,9 @@ def exp_free_attention(
     grid_bias   (..., H, Nq, Kh), (..., H, Nq, Kw)  broadcastable, added to the scores as ops.quant_attention does
     returns     (..., H, Nq, Dv), the dtype of query, a view of (..., Nq, H, Dv): the transposition before a projection
                 copies nothing
+
+    With 3, 2, 1, 0 bits of linear mantissa the result is off by 0.017, 0.024, 0.041, 0.078 of its size in DeiT-Ti and
+    by 0.036, 0.056, 0.10, 0.19 of normal random q, k and v (197 tokens, D = 64).
 
     A query that sees no key gives zeros, where float attention gives NaN. The padding of masked keys enters the mean
     that k is relieved of and the scales of v: keep it no larger than the rest.
