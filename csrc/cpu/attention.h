@@ -41,7 +41,6 @@ struct Work {
   int64_t key_tiles, padded_keys, padded_d, d_tiles, key_groups, q_groups, q_stride, k_tile, v_tile, p_stride;  // strides in bytes
   bool floats;  // P and V are floats
   bool v_scale_in_v, weighted;  // a scale per key: contained in the floats, or in the bytes of P relative to the largest
-  bool k_scale_in_rows;  // one scale of k, in the scale of the queries; or one per key, and the limit of a to be looked after
   float v_scale, k_scale_max;
   // Rewritten queries; K as weight tiles of 16 keys; V as tiles of 16 channels, 4 keys a group (int16: 2, float: 1); P,
   // and its second byte; codes.
@@ -87,13 +86,12 @@ INLINE void pack_head(const Attention& a, const Head& head, Work& s) {
     const float scale = head.v_scale[n * head.v_scale_stride];
     s.v_scale = scale > s.v_scale ? scale : s.v_scale;
   }
-  s.k_scale_in_rows = a.softmax.coded && head.k_scale_stride == 0;
   s.k_scale_max = 0;
   for (int n = 0; n < kTiles * kTile; ++n) s.ones[n] = 1;
   for (int64_t n = 0; n < s.padded_keys; ++n) {
     const float scale = n < head.Nk ? head.k_scale[n * head.k_scale_stride] : 0.f;
     s.k_scale_max = scale > s.k_scale_max ? scale : s.k_scale_max;
-    s.k_scale[n] = s.k_scale_in_rows ? 1.f : scale;
+    s.k_scale[n] = scale;
     s.v_ratio[n] = s.weighted && n < head.Nk ? head.v_scale[n * head.v_scale_stride] / (s.v_scale > 1e-30f ? s.v_scale : 1e-30f) : 1.f;
   }
 }
@@ -117,19 +115,17 @@ INLINE void add_biases(const Attention& a, const Head& head, int64_t i, float* o
   if (head.key_bias) add([p = head.key_bias, stride = a.key_bias_stride[1]](int64_t j) { return p[j * stride]; });
 }
 
-// Scores of rows whose tiles did not finish them: the limit of a (softmax.h), biases in steps, keys that are not seen.
-INLINE void finish_scores(const Attention& a, const Head& head, const Work& s, int64_t i, int rows, const float* row_scale, bool limited) {
-  const float limit = score_limit(head.D), steps = a.softmax.bias_scale;
+// Scores of rows whose tiles did not finish them: beyond their limit, with biases in steps, or of keys that are not seen.
+INLINE void finish_scores(const Attention& a, const Head& head, const Work& s, int64_t i, int rows, bool limited) {
+  const float steps = a.softmax.bias_scale;
+  const auto clip = [](float y) { const float up = y < -kLimit ? -kLimit : y; return up > kLimit ? kLimit : up; };
   for (int r = 0; r < rows; ++r) {
     float* x = s.scores + r * s.padded_keys;
-    for (int64_t j = 0; limited && j < head.Nk; ++j) {
-      const float scale = row_scale[r] * s.k_scale[j];
-      x[j] = x[j] * (scale < limit ? scale : limit);
-    }
+    for (int64_t j = 0; limited && j < head.Nk; ++j) x[j] = clip(x[j]);
     if (!head.biased()) continue;
     add_biases(a, head, i + r, s.row, true);
     for (int64_t j = 0; j < head.Nk; ++j) {
-      const float b = s.row[j] * steps, up = b < -kLimit ? -kLimit : b, y = x[j] + (up > kLimit ? kLimit : up);
+      const float y = x[j] + clip(s.row[j] * steps);
       x[j] = s.row[j] == -__builtin_inff() ? kUnseen : y;
     }
   }
@@ -138,29 +134,23 @@ INLINE void finish_scores(const Attention& a, const Head& head, const Work& s, i
 // The scores of `rows` queries, in steps of the format, or scaled as they are for bytes.
 INLINE void score_rows(const Attention& a, const Head& head, const Work& s, int64_t i, int rows) {
   const Softmax& f = a.softmax;
-  float row_scale[kRows], one = 1.f;
+  float row_scale[kRows];
   bool limited = false;
   for (int r = 0; r < rows; ++r) {
     rewrite_row(head.q + (i + r) * head.q_stride, s.q + r * s.q_stride, head.D, s.padded_d);
     row_scale[r] = head.q_scale[(i + r) * head.q_scale_stride] * (f.coded ? f.score_scale : a.softmax_scale);
-    if (f.coded && s.k_scale_in_rows) {
-      const float scale = row_scale[r] * head.k_scale[0], limit = score_limit(head.D);
-      row_scale[r] = scale < limit ? scale : limit;
-    } else if (f.coded) {
-      limited = limited || row_scale[r] * s.k_scale_max > score_limit(head.D);
-    }
+    limited = limited || !(row_scale[r] * s.k_scale_max <= safe_scale(head.D));
   }
   Tile t = {};
   t.a = s.q, t.a_stride = s.q_stride, t.b_stride = s.k_tile, t.groups = s.q_groups, t.next = s.v;
-  t.x_scale = limited ? &one : row_scale, t.x_scale_stride = limited ? 0 : 1, t.out_stride = s.padded_keys;
+  t.x_scale = row_scale, t.x_scale_stride = 1, t.out_stride = s.padded_keys;
   for (int64_t n = 0; n < s.key_tiles; n += kTiles) {
-    t.b = s.k + n * s.k_tile, t.init = s.k_offset + n * kTile;
-    t.w_scale = limited ? s.ones : s.k_scale + n * kTile;
+    t.b = s.k + n * s.k_tile, t.init = s.k_offset + n * kTile, t.w_scale = s.k_scale + n * kTile;
     t.out = s.scores + n * kTile;
     pick<CodeDot>(s.key_tiles - n < kTiles ? 1 : kTiles, rows, false)(t);
   }
   if (f.coded) {
-    finish_scores(a, head, s, i, rows, row_scale, limited);
+    finish_scores(a, head, s, i, rows, limited);
   } else {
     for (int r = 0; head.biased() && r < rows; ++r) add_biases(a, head, i + r, s.scores + r * s.padded_keys, false);
   }

@@ -8,7 +8,8 @@ typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef typename std::conditional<kVnni, Dot8, Dot16>::type CodeDot;  // multiplies int8 operands,
 typedef typename std::conditional<kVnni, uint8_t, int16_t>::type Byte;  // of which the first is held as these
 
-INLINE float score_limit(int64_t D) { return (float)(kLimit / (16384.0 * D)); }
+// Up to this scale no score of int8 codes reaches the limit.
+INLINE float safe_scale(int64_t D) { return kLimit / (16385.f * D); }
 INLINE int32_t nearest(float x) { return to_int(splat(x)).v[0][0]; }
 
 INLINE float row_maximum(const float* x, int64_t padded) {

@@ -2,8 +2,8 @@
 
 With p_values, in steps of which an octave has p_steps (1 when there are thresholds):
 
-    a = min((q_scale C) k_scale, 16320 / (2^14 D)),  C = softmax_scale log2(e) steps       scores stay within 16 bits
-    t = (q k^T) a + clip(b log2(e) steps, -16320, 16320)                                   q k^T exact, then float32
+    a = (q_scale C) k_scale,  C = softmax_scale log2(e) steps
+    t = clip((q k^T) a, -16320, 16320) + clip(b log2(e) steps, -16320, 16320)              q k^T exact, then float32
     b = bias + (grid_bias_h + grid_bias_w) + key_bias, those there are, in this order
     lse = max t + steps log2(sum_j e_j / 65280),  e_j = rint(65280 2^((t_j - max t) / steps))
     k = max_j rint(t_j) - rint(t)          anchor "max", steps
@@ -126,7 +126,7 @@ def _attention(
         p_thresholds, p_steps = form[:2]
         octave = p_steps if p_thresholds is None else 1.0
         c = torch.tensor(softmax_scale * LOG2_E * octave, dtype=torch.float32)
-        t = s * ((q_scale * c)[..., None] * k_scale[:, :, None]).clamp_max(LIMIT / (2**14 * D))
+        t = (s * ((q_scale * c)[..., None] * k_scale[:, :, None])).clamp(-LIMIT, LIMIT)
         if biases:
             offset = biases[0]
             for bias in biases[1:]:
