@@ -61,7 +61,7 @@ def _per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, H, N, D) to codes, laid out as x is, and scale (B, H, N)."""
     heads_inside = x.stride(1) < x.stride(2)  # as projections leave them: rows are read in the order they lie in
     x = x.transpose(1, 2) if heads_inside else x
-    codes, scale = ops.quantize(x)
+    codes, scale = ops.quantize(x.float())  # first, so that views of half precision are copied once
     scale = scale.view(x.shape[:-1])
     return (codes.transpose(1, 2), scale.transpose(1, 2)) if heads_inside else (codes, scale)
 
@@ -69,7 +69,7 @@ def _per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 def _per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, H, N, D) to codes and scale (B, H, 1, D): one static quantization of rows (N, B H D)."""
     B, H, N, D = x.shape
-    rows = x.permute(2, 0, 1, 3).reshape(N, B * H * D).float()
+    rows = x.permute(2, 0, 1, 3).to(torch.float32, memory_format=torch.contiguous_format).reshape(N, B * H * D)
     scale = affine.scale_of(rows.abs().amax(dim=0))
     codes, _ = ops.quantize(rows, scale)
     return codes.view(N, B, H, D).permute(1, 2, 0, 3), scale.view(B, H, 1, D)
