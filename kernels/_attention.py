@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import exp2, rint
+from ._common import MIN_SCALE, exp2, rint
 from ._values import ALIGNED
 
 LIMIT = tl.constexpr(16320.0)  # reference/quant_attention.py
@@ -40,11 +40,8 @@ def in_order(p, PERMUTED: tl.constexpr):
 @triton.jit
 def _score_part(s, q, k_ptr, keys, seen, stride_kn, first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr):
     offs_d = first + tl.arange(0, PART)
-    k = tl.load(
-        k_ptr + keys[None, :].to(tl.int64) * stride_kn + offs_d[:, None],
-        mask=(offs_d < D)[:, None] & seen[None, :],
-        other=0,
-    )
+    k_ptrs = k_ptr + keys[None, :] * stride_kn + offs_d[:, None]
+    k = tl.load(k_ptrs, mask=(offs_d < D)[:, None] & seen[None, :], other=0)
     return tl.dot(q, k, s, out_dtype=tl.int32)
 
 
@@ -52,7 +49,7 @@ def _score_part(s, q, k_ptr, keys, seen, stride_kn, first: tl.constexpr, PART: t
 def logits(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
     """t (BLOCK_M, BLOCK_N) of the reference, -inf where a key is not seen; TAIL: some are not keys at all."""
     query, sources, strides, limit, bias_unit = scores
-    q, q_rest, q_scale, offs_m, mask_m = query
+    q, q_rest, q_scale, rows, mask_m = query
     k_ptr, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr = sources
     stride_kn, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk = strides
     D: tl.constexpr = form[0]
@@ -63,32 +60,30 @@ def logits(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
     BLOCK_N: tl.constexpr = form[5]
     PERMUTED: tl.constexpr = form[6]
     EXACT: tl.constexpr = form[7]
-    keys = start + keys_of(BLOCK_N, PERMUTED)
-    if TAIL:
-        seen = keys < n_keys
-    else:
-        seen = tl.full((BLOCK_N,), True, tl.int1)
-    s = _score_part(
-        tl.zeros((q.shape[0], BLOCK_N), tl.int32), q, k_ptr, keys, seen, stride_kn, 0, PART, D
-    )
+    column = keys_of(BLOCK_N, PERMUTED)  # offsets within a tile fit 32 bits
+    seen = column < n_keys - start if TAIL else tl.full((BLOCK_N,), True, tl.int1)
+    first = tl.cast(start, tl.int64)
+    k_ptr += first * stride_kn
+    s = _score_part(tl.zeros((q.shape[0], BLOCK_N), tl.int32), q, k_ptr, column, seen, stride_kn, 0, PART, D)
     if REST:
-        s = _score_part(s, q_rest, k_ptr, keys, seen, stride_kn, PART, REST, D)
+        s = _score_part(s, q_rest, k_ptr, column, seen, stride_kn, PART, REST, D)
     if K_SCALE_PER_KEY:
-        k_scale = tl.load(k_scale_ptr + keys * stride_ksn, mask=seen, other=0.0)
+        k_scale = tl.load(k_scale_ptr + first * stride_ksn + column * stride_ksn, mask=seen, other=0.0)
         t = s.to(tl.float32) * tl.minimum(q_scale[:, None] * k_scale[None, :], limit)
     else:
         t = s.to(tl.float32) * tl.minimum(q_scale * tl.load(k_scale_ptr), limit)[:, None]
     mask = mask_m[:, None] & seen[None, :]
     b = t if EXACT else 0.0  # bytes add one bias after the other to the scores, codes their sum
     if bias_ptr is not None:
-        ptrs = bias_ptr + offs_m[:, None].to(tl.int64) * stride_bm + keys[None, :].to(tl.int64) * stride_bn
+        ptrs = bias_ptr + first * stride_bn + rows[:, None] * stride_bm + column[None, :] * stride_bn
         b += tl.load(ptrs, mask=mask, other=0.0)
     if grid_h_ptr is not None:
-        h_ptrs = grid_h_ptr + offs_m[:, None].to(tl.int64) * stride_ghm + (keys // KW)[None, :] * stride_ghk
-        w_ptrs = grid_w_ptr + offs_m[:, None].to(tl.int64) * stride_gwm + (keys % KW)[None, :] * stride_gwk
+        keys = start + column
+        h_ptrs = grid_h_ptr + rows[:, None] * stride_ghm + (keys // KW)[None, :] * stride_ghk
+        w_ptrs = grid_w_ptr + rows[:, None] * stride_gwm + (keys % KW)[None, :] * stride_gwk
         b += tl.load(h_ptrs, mask=mask, other=0.0) + tl.load(w_ptrs, mask=mask, other=0.0)
     if key_bias_ptr is not None:
-        b += tl.load(key_bias_ptr + keys.to(tl.int64) * stride_kbn, mask=seen, other=0.0)[None, :]
+        b += tl.load(key_bias_ptr + first * stride_kbn + column * stride_kbn, mask=seen, other=0.0)[None, :]
     if EXACT:
         t = b
     elif bias_ptr is not None or grid_h_ptr is not None or key_bias_ptr is not None:
@@ -135,7 +130,7 @@ def probabilities(t, anchor, coding, code: tl.constexpr):
     BYTE_STEP: tl.constexpr = code[2]
     E4M3: tl.constexpr = code[3]
     FP8: tl.constexpr = code[4]
-    values_ptr, thresholds_ptr, factor, shift, offset, _, _ = coding
+    values_ptr, thresholds_ptr, factor, shift, offset, _, _, _ = coding
     k = codes(t, anchor, thresholds_ptr, shift, L, LSE)
     if BYTE_STEP:
         byte = (tl.maximum(L - k, 0) * BYTE_STEP).to(tl.uint8)
@@ -169,12 +164,13 @@ def factor_of(values_ptr, L: tl.constexpr, BYTE_STEP: tl.constexpr, E4M3: tl.con
 
 
 @triton.jit
-def ones(N: tl.constexpr, DTYPE: tl.constexpr):
+def ones(N: tl.constexpr, E4M3: tl.constexpr, FP8: tl.constexpr):
     """(N, 16), by their bits: what a dot adds up, it adds up without rounding."""
-    if DTYPE == tl.float16:
-        x = tl.full((N, 16), 1.0, DTYPE)
+    if FP8:
+        x = tl.full((N, 16), 0x38 if E4M3 else 0x3C, tl.uint8)
+        x = x.to(tl.float8e4nv if E4M3 else tl.float8e5, bitcast=True)
     else:
-        x = tl.full((N, 16), 0x38 if DTYPE == tl.float8e4nv else 0x3C, tl.uint8).to(DTYPE, bitcast=True)
+        x = tl.full((N, 16), 1.0, tl.float16)
     return x
 
 
@@ -213,16 +209,21 @@ def first_row(t, top, offs_m, inverse_octave):
 
 @triton.jit
 def _times_v(
-    acc, p, v_ptr, start, n_keys, stride_vp, stride_vd, first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr,
-    PLANES: tl.constexpr, PROMOTE: tl.constexpr,
+    acc, p, start, n_keys, values, first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, code: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
+    """acc + p v, for PART columns of v from the first."""
     BLOCK_N: tl.constexpr = p.shape[1]
-    offs_d, keys = first + tl.arange(0, PART), start + tl.arange(0, BLOCK_N)
-    mask = (offs_d < D)[:, None] & (keys < (n_keys + ALIGNED - 1) // ALIGNED * ALIGNED)[None, :]
-    v_ptrs = v_ptr + offs_d[:, None].to(tl.int64) * stride_vd + keys[None, :]
-    for plane in tl.static_range(PLANES):
+    PROMOTE: tl.constexpr = code[7]
+    v_ptr, stride_vp, stride_vd = values
+    offs_d, keys = first + tl.arange(0, PART), tl.arange(0, BLOCK_N)
+    mask = tl.broadcast_to((offs_d < D)[:, None], (PART, BLOCK_N))
+    if TAIL:
+        mask &= (keys < (n_keys - start + ALIGNED - 1) // ALIGNED * ALIGNED)[None, :]
+    v_ptrs = v_ptr + start + offs_d[:, None] * stride_vd + keys[None, :]
+    for plane in tl.static_range(code[5]):
         v = tl.trans(tl.load(v_ptrs + plane * stride_vp, mask=mask, other=0.0))
-        if PROMOTE:
+        if PROMOTE and not TAIL:
             acc += tl.dot(p, v, max_num_imprecise_acc=BLOCK_N)
         else:
             acc = tl.dot(p, v, acc, out_dtype=acc.dtype)
@@ -230,78 +231,68 @@ def _times_v(
 
 
 @triton.jit
-def _add_bytes(
-    t, top, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form: tl.constexpr
-):  # fmt: skip
-    """sums and what the tile t adds: to the 16-bit codes, and to the bytes times v in two parts of D; and remainders."""
+def _add_bytes(t, top, sums, start, n_keys, coding, values, form: tl.constexpr, code: tl.constexpr, TAIL: tl.constexpr):
     D: tl.constexpr = form[0]
     PART: tl.constexpr = form[1]
     REST: tl.constexpr = form[2]
     total, acc, acc_rest, carry, unused = sums
-    ratio_ptr, inverse_octave = coding[5], coding[6]
-    p = exponentials(t, top, inverse_octave)
-    code = rint(p * FULL)
-    total += tl.sum(code, axis=1)
-    if ratio_ptr is not None:
+    p = exponentials(t, top, coding[5])
+    f = rint(p * FULL)
+    total += tl.sum(f, axis=1)
+    if coding[6] is not None:
         keys = start + tl.arange(0, t.shape[1])
-        code = rint(p * tl.load(ratio_ptr + keys, mask=keys < n_keys, other=0.0)[None, :] * FULL)
-    byte, carry = diffused(code, carry)
+        scale = tl.load(coding[6] + keys, mask=keys < n_keys, other=0.0)
+        f = rint(p * tl.div_rn(scale, tl.maximum(coding[7], MIN_SCALE))[None, :] * FULL)
+    byte, carry = diffused(f, carry)
     for half in tl.static_range(2):  # the lower 7 bits, and the eighth, which is a sign to an int8
         p = ((byte >> 7) if half else (byte & 127)).to(tl.int8)
         unit = 128 if half else 1
         zero = tl.zeros(acc.shape, tl.int32)
-        acc += _times_v(zero, p, v_ptr, start, n_keys, stride_vp, stride_vd, 0, PART, D, 1, False) * unit
+        acc += _times_v(zero, p, start, n_keys, values, 0, PART, D, code, TAIL) * unit
         if REST:
             zero = tl.zeros(acc_rest.shape, tl.int32)
-            acc_rest += _times_v(zero, p, v_ptr, start, n_keys, stride_vp, stride_vd, PART, REST, D, 1, False) * unit
+            acc_rest += _times_v(zero, p, start, n_keys, values, PART, REST, D, code, TAIL) * unit
     return total, acc, acc_rest, carry, unused
 
 
 @triton.jit
 def _add_codes(
-    t, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form: tl.constexpr, code: tl.constexpr,
-    PLANES: tl.constexpr, OFFSET: tl.constexpr, PROMOTE: tl.constexpr,
+    t, anchor, sums, start, n_keys, coding, values, form: tl.constexpr, code: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    """sums and what the tile t adds: to the total, to P v in two parts of D, and to (P not zero) v in as many."""
     D: tl.constexpr = form[0]
     PART: tl.constexpr = form[1]
     REST: tl.constexpr = form[2]
-    PERMUTED: tl.constexpr = form[6]
-    BYTE_STEP: tl.constexpr = code[2]
     total, acc, acc_rest, extra, extra_rest = sums
     p, value, k = probabilities(t, anchor, coding, code)
-    if BYTE_STEP:
-        p = in_order(p, PERMUTED)
-        if PROMOTE:
-            total += tl.dot(p, ones(p.shape[1], p.dtype), max_num_imprecise_acc=p.shape[1])
+    if code[2]:
+        p = in_order(p, form[6])
+        if code[7] and not TAIL:
+            total += tl.dot(p, ones(p.shape[1], code[3], code[4]), max_num_imprecise_acc=p.shape[1])
         else:
-            total = tl.dot(p, ones(p.shape[1], p.dtype), total)
+            total = tl.dot(p, ones(p.shape[1], code[3], code[4]), total)
     else:
         total += tl.sum(value, axis=1)
-    acc = _times_v(acc, p, v_ptr, start, n_keys, stride_vp, stride_vd, 0, PART, D, PLANES, PROMOTE)
+    acc = _times_v(acc, p, start, n_keys, values, 0, PART, D, code, TAIL)
     if REST:
-        acc_rest = _times_v(acc_rest, p, v_ptr, start, n_keys, stride_vp, stride_vd, PART, REST, D, PLANES, PROMOTE)
-    if OFFSET:
+        acc_rest = _times_v(acc_rest, p, start, n_keys, values, PART, REST, D, code, TAIL)
+    if code[6]:
         p = (k < code[0]).to(tl.float16)
-        extra = _times_v(extra, p, v_ptr, start, n_keys, stride_vp, stride_vd, 0, PART, D, PLANES, PROMOTE)
+        extra = _times_v(extra, p, start, n_keys, values, 0, PART, D, code, TAIL)
         if REST:
-            extra_rest = _times_v(
-                extra_rest, p, v_ptr, start, n_keys, stride_vp, stride_vd, PART, REST, D, PLANES, PROMOTE
-            )
+            extra_rest = _times_v(extra_rest, p, start, n_keys, values, PART, REST, D, code, TAIL)
     return total, acc, acc_rest, extra, extra_rest
 
 
 @triton.jit
 def add_tile(
-    t, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form: tl.constexpr, code: tl.constexpr,
-    PLANES: tl.constexpr, OFFSET: tl.constexpr, PROMOTE: tl.constexpr,
+    t, anchor, sums, start, n_keys, coding, values, form: tl.constexpr, code: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
+    """sums and what the tile t adds: to the total and to P v in two parts of D; then, of bytes, to their remainders, of
+    values with an offset, to the sum of v where there is one."""
     if coding[0] is None:
-        sums = _add_bytes(t, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form)
+        sums = _add_bytes(t, anchor, sums, start, n_keys, coding, values, form, code, TAIL)
     else:
-        sums = _add_codes(
-            t, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form, code, PLANES, OFFSET, PROMOTE
-        )
+        sums = _add_codes(t, anchor, sums, start, n_keys, coding, values, form, code, TAIL)
     return sums
 
 
@@ -310,7 +301,7 @@ def add_columns(t, anchor, scale, columns_ptr, start, n_keys, coding, form: tl.c
     """Adds P scale of the tile, summed over its rows."""
     keys = start + keys_of(t.shape[1], form[6])
     if coding[0] is None:
-        value = rint(exponentials(t, anchor, coding[6]) * FULL).to(tl.float32)
+        value = rint(exponentials(t, anchor, coding[5]) * FULL).to(tl.float32)
     else:
         _, value, _ = probabilities(t, anchor, coding, code)
     column = (tl.sum(value * scale[:, None], axis=0) * COLUMN_UNITS).to(tl.int64)

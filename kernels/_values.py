@@ -30,7 +30,8 @@ def start_of(cu_ptr, s):
 
 @triton.jit
 def _prepare_kernel(
-    v_ptr, ratio_ptr, cu_ptr, planes_ptr, H, N, padded, sequences, stride_vb, stride_vh, stride_vn, stride_vd, stride_rh, stride_rn,
+    v_ptr, ratio_ptr, cu_ptr, planes_ptr, H, N, padded, sequences, stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_rh, stride_rn,
     E4M3: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one head, of one sequence when they are packed."""
@@ -70,12 +71,6 @@ def is_ready(v: Tensor) -> bool:
     return v.dtype.itemsize == 1 and strides_fit and v.data_ptr() % 16 == 0
 
 
-def ratio_of(v_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """v_scale (B, H, N) in units of the largest of its head, and that (B, H, 1)."""
-    largest = v_scale.amax(dim=-1, keepdim=True)
-    return v_scale / largest.clamp_min(MIN_SCALE), largest
-
-
 def prepare(
     v: Tensor, v_scale: Tensor, v_bits: int, operand: torch.dtype, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -85,8 +80,8 @@ def prepare(
     if v.dtype == operand and cu_seqlens is None and is_ready(v):
         return v.mT[:, :, None], scale
     if operand == torch.float16 and v_scale.shape[2] > 1:
-        ratio, scale = ratio_of(v_scale)
-        scale = scale[..., 0]
+        scale = v_scale.amax(dim=-1)
+        ratio = v_scale / scale.clamp_min(MIN_SCALE)[..., None]
     if v.dtype.itemsize > 1:
         _, exponent = torch.frexp(v.abs().amax(dim=(2, 3)).float())
         scale = torch.ldexp(scale, exponent)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._attention import COLUMN_UNITS, add_columns, add_tile, factor_of, first_row, keys_of, logits, share_sum
 from ._common import FLAGS, log2, rint, to_codes, vector
-from ._values import ALIGNED, prepare, ratio_of, start_of
+from ._values import ALIGNED, prepare, start_of
 
 LOG2_E = 1.44269504  # reference/scalar.py
 LIMIT = 16320  # reference/quant_attention.py
@@ -37,10 +37,9 @@ def _store(
 ):  # fmt: skip
     offs_d = first + tl.arange(0, PART)
     mask = mask_m[:, None] & (offs_d < D)[None, :]
-    y = acc.to(tl.float32) * factor
+    y = acc.to(tl.float32) * (scale * factor)[:, None]
     if OFFSET:
-        y += extra * offset
-    y *= scale[:, None]
+        y += extra * (scale * offset)[:, None]
     if out_scale_ptr is not None:
         if OUT_SCALE_PER_COLUMN:
             out_scale = tl.load(out_scale_ptr + h * D + offs_d, mask=offs_d < D, other=1.0)[None, :]
@@ -53,8 +52,8 @@ def _store(
 @triton.jit
 def _quant_attention_kernel(
     q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr,
-    out_scale_ptr, values_ptr, thresholds_ptr, ratio_ptr, cu_q_ptr, cu_k_ptr, out_ptr, cls_ptr, lse_ptr, columns_ptr,
-    H, Nq, blocks_m,
+    out_scale_ptr, values_ptr, thresholds_ptr, key_scale_ptr, cu_q_ptr, cu_k_ptr, out_ptr, cls_ptr, lse_ptr,
+    columns_ptr, H, Nq, blocks_m,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vp, stride_vd,
     stride_qsb, stride_qsh, stride_qsm, stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_kbb, stride_kbn,
@@ -80,8 +79,8 @@ def _quant_attention_kernel(
         k_ptr += first_k.to(tl.int64) * stride_kn
         k_scale_ptr += first_k * stride_ksn
         v_ptr += tl.multiple_of(first_v, ALIGNED)
-        if ratio_ptr is not None:
-            ratio_ptr += first_k
+        if key_scale_ptr is not None:
+            key_scale_ptr += first_k
         row, column = h * Nq + first_q, h * N + first_k
         if key_bias_ptr is not None:
             key_bias_ptr += first_k * stride_kbn
@@ -89,36 +88,49 @@ def _quant_attention_kernel(
     else:
         out_ptr += b * Nq * H * D
         row, column = bh * Nq, bh * N
-    mask_m = offs_m < n_queries
+    mask_m, first_m = offs_m < n_queries, block_m.to(tl.int64) * BLOCK_M
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     k_scale_ptr += b * stride_ksb + h * stride_ksh
-    if ratio_ptr is not None:
-        ratio_ptr += (b * H + h) * N
+    if key_scale_ptr is not None:
+        key_scale_ptr += (b * H + h) * N
     if bias_ptr is not None:
-        bias_ptr += b * stride_bb + h * stride_bh
+        bias_ptr += b * stride_bb + h * stride_bh + first_m * stride_bm
     if key_bias_ptr is not None:
         key_bias_ptr += b * stride_kbb
     if grid_h_ptr is not None:
-        grid_h_ptr += b * stride_ghb + h * stride_ghh
-        grid_w_ptr += b * stride_gwb + h * stride_gwh
+        grid_h_ptr += b * stride_ghb + h * stride_ghh + first_m * stride_ghm
+        grid_w_ptr += b * stride_gwb + h * stride_gwh + first_m * stride_gwm
 
     q = _load_q(q_ptr, offs_m, mask_m, stride_qm, 0, PART, D)
     q_rest = _load_q(q_ptr, offs_m, mask_m, stride_qm, PART, REST, D) if REST else q
     q_scale = tl.load(q_scale_ptr + b * stride_qsb + h * stride_qsh + offs_m * stride_qsm, mask=mask_m, other=0.0)
     PERMUTED: tl.constexpr = BYTE_STEP > 0 and FP8
     PACKED: tl.constexpr = cu_q_ptr is not None
-    scores = (
-        (q, q_rest, q_scale * score_unit, offs_m, mask_m),
-        (k_ptr, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr),
-        (stride_kn, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk),
-        limit, bias_unit,
+    query = (q, q_rest, q_scale * score_unit, tl.arange(0, BLOCK_M), mask_m)
+    strides = (
+        stride_kn, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk,
     )  # fmt: skip
+    scores = (
+        query, (k_ptr, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr), strides, limit, bias_unit,
+    )  # fmt: skip
+    k_again = k_ptr + (Nq >> 31)  # k_ptr, but the compiler does not know, and keeps no scores from one pass to another
+    again = (
+        query, (k_again, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr), strides, limit, bias_unit,
+    )  # fmt: skip
+    values = (v_ptr, stride_vp, stride_vd)
     form: tl.constexpr = (D, PART, REST, KW, K_SCALE_PER_KEY, BLOCK_N, PERMUTED, values_ptr is None)
     factor = 1.0 if values_ptr is None else factor_of(values_ptr, L, BYTE_STEP, E4M3, FP8)
-    code: tl.constexpr = (L, LSE, BYTE_STEP, E4M3, FP8)
-    coding = (values_ptr, thresholds_ptr, factor, shift, offset, ratio_ptr, inverse_octave)
+    code: tl.constexpr = (L, LSE, BYTE_STEP, E4M3, FP8, PLANES, OFFSET, PROMOTE)
+    if key_scale_ptr is None:
+        v_scale = tl.load(v_scale_ptr + b * stride_vsb + h * stride_vsh)
+    else:
+        v_scale = 0.0
+        for start in range(0, n_keys, BLOCK_N):
+            keys = start + tl.arange(0, BLOCK_N)
+            v_scale = tl.maximum(v_scale, tl.max(tl.load(key_scale_ptr + keys, mask=keys < n_keys, other=0.0)))
+    coding = (values_ptr, thresholds_ptr, factor, shift, offset, inverse_octave, key_scale_ptr, v_scale)
     # Whole tiles, then one that is not: which of its columns are keys is known when it compiles, unless it is read.
     ONE: tl.constexpr = N <= BLOCK_N and not PACKED
     WHOLE: tl.constexpr = 0 if ONE else N // BLOCK_N * BLOCK_N
@@ -132,17 +144,16 @@ def _quant_attention_kernel(
         t = logits(0, N, scores, form, N < BLOCK_N)
         top = tl.max(t, axis=1)
     if REST_N:
-        top = tl.maximum(top, tl.max(logits(WHOLE, N, scores, form, True), axis=1))
+        t = logits(WHOLE, N, scores, form, True)
+        top = tl.maximum(top, tl.max(t, axis=1))
 
     anchor = top
     if LSE:
         f = tl.zeros((BLOCK_M,), tl.int32)
+        if ONE or REST_N:
+            f = share_sum(t, top, inverse_octave)
         for start in range(0, stop, BLOCK_N):
             f += share_sum(logits(start, n_keys, scores, form, PACKED), top, inverse_octave)
-        if ONE:
-            f = share_sum(t, top, inverse_octave)
-        if REST_N:
-            f += share_sum(logits(WHOLE, N, scores, form, True), top, inverse_octave)
         share = f.to(tl.uint32, bitcast=True).to(tl.float32) * SHARE  # up to 65280 * 65536, below 2^32
         anchor = top + log2(tl.maximum(share, 1.0)) * octave
 
@@ -152,24 +163,22 @@ def _quant_attention_kernel(
     acc_rest = tl.zeros((BLOCK_M, REST), TYPE) if REST else acc
     carry = tl.full((BLOCK_M, 16), 128, tl.int32) if values_ptr is None else acc  # unless there are bytes, P not zero
     sums = (total, acc, acc_rest, carry, acc_rest)
+    # The last tile is at hand after the first pass; to keep it longer takes registers, so then it is made again.
+    LAST: tl.constexpr = REST_N and (LSE or values_ptr is None)
+    if (ONE or REST_N) and not LAST:
+        sums = add_tile(t, anchor, sums, WHOLE, n_keys, coding, values, form, code, True)
     for start in range(0, stop, BLOCK_N):
         tile = logits(start, n_keys, scores, form, PACKED)
-        sums = add_tile(
-            tile, anchor, sums, start, n_keys, coding, v_ptr, stride_vp, stride_vd, form, code, PLANES, OFFSET, PROMOTE
-        )
-    if ONE or REST_N:
-        if REST_N:
-            t = logits(WHOLE, N, scores, form, True)
-        sums = add_tile(
-            t, anchor, sums, WHOLE, n_keys, coding, v_ptr, stride_vp, stride_vd, form, code, PLANES, OFFSET, False
-        )
+        sums = add_tile(tile, anchor, sums, start, n_keys, coding, values, form, code, PACKED)
+    if LAST:
+        t = logits(WHOLE, N, again, form, True)
+        sums = add_tile(t, anchor, sums, WHOLE, n_keys, coding, values, form, code, True)
     total, acc, acc_rest, extra, extra_rest = sums
     if BYTE_STEP:
         # Every column of the dot with ones is the sum.
         total = tl.max(total, axis=1) * factor
     if values_ptr is None:
         total = total.to(tl.uint32, bitcast=True).to(tl.float32)
-    v_scale = tl.load(v_scale_ptr + b * stride_vsb + h * stride_vsh)
     if NORMALIZE:
         UNIT: tl.constexpr = 1 / 256 if values_ptr is None else 1.0  # of 16-bit codes in bytes
         weight = tl.where(total > 0, tl.div_rn(1.0, total), 0.0)
@@ -200,9 +209,9 @@ def _quant_attention_kernel(
             add_columns(tile, anchor, weight, columns_ptr + column, start, n_keys, coding, form, code)
         if ONE or REST_N:
             if REST_N:
-                t = logits(WHOLE, N, scores, form, True)
+                t = logits(WHOLE, N, again, form, True)
             add_columns(t, anchor, weight, columns_ptr + column, WHOLE, n_keys, coding, form, code)
-    if cls_ptr is not None:
+    if cls_ptr is not None:  # noqa: SIM102 - known when it compiles, the second is not
         if block_m == 0:
             cls_ptr += column
             sum_first = 0.0
@@ -211,7 +220,7 @@ def _quant_attention_kernel(
                 sum_first += tl.sum(first_row(tile, top, offs_m, inverse_octave), axis=0)
             if ONE or REST_N:
                 if REST_N:
-                    t = logits(WHOLE, N, scores, form, True)
+                    t = logits(WHOLE, N, again, form, True)
                 first = first_row(t, top, offs_m, inverse_octave)
                 sum_first += tl.sum(first, axis=0)
                 _store_first(cls_ptr, WHOLE, first, sum_first, n_keys, form)
@@ -220,11 +229,18 @@ def _quant_attention_kernel(
                 _store_first(cls_ptr, start, first, sum_first, n_keys, form)
 
 
-def _blocks(Nq: int, Nk: int, packed: bool) -> dict[str, int]:
-    """A row of up to 256 keys is one tile of 64 queries, scores in registers; longer rows are streamed."""
-    if Nk <= 256 and not packed:
-        return {"BLOCK_M": 64, "BLOCK_N": max(32, triton.next_power_of_2(Nk)), "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+def _blocks(Nk: int, D: int, packed: bool, light: bool, capability: tuple[int, int]) -> dict[str, int]:
+    """Queries and keys of a tile. A row that fits is one tile, and its scores stay in registers.
+
+    light: a byte is the code, with no bias before it. Then 256 scores of a row fit, for Hopper's and later dots, and
+    three programs of a head dimension up to 64 fit on an SM. All else would spill with more than 64.
+    """
+    light &= capability >= (9, 0)
+    BLOCK_N = 128 if light else 64
+    if not packed and Nk <= (256 if light else BLOCK_N):
+        BLOCK_N = max(32, triton.next_power_of_2(Nk))
+    maxnreg = 168 if light and D <= 64 and capability[0] == 9 else 255
+    return {"BLOCK_M": 64, "BLOCK_N": BLOCK_N, "num_warps": 4, "num_stages": 2, "maxnreg": maxnreg}
 
 
 def _parts(D: int) -> tuple[int, int]:
@@ -295,16 +311,16 @@ def quant_attention(
     fp8 = byte_step > 0 and v.dtype.itemsize == 1 and one_scale and capability >= (8, 9)
     octave = 1 / LOG2_E if bytes_ else p_steps if p_thresholds is None else 1.0
     part, rest = _parts(D)
-    blocks = _blocks(longest, Nk, packed)
+    light = byte_step > 0 and p_anchor == "max" and bias is None and grid_bias_h is None and key_bias is None
+    blocks = _blocks(Nk, D, packed, light, capability)
     blocks_m = triton.cdiv(longest, blocks["BLOCK_M"])
     with torch.cuda.device_of(q):
-        ratio, operand = None, torch.float8_e4m3fn if fp8 else torch.float16
-        if bytes_ and not one_scale:
-            ratio, v_scale = ratio_of(v_scale)
+        operand = torch.float8_e4m3fn if fp8 else torch.float16
+        key_scale = v_scale.contiguous() if bytes_ and not one_scale else None
         planes, scale = prepare(v, v_scale, v_bits, torch.int8 if bytes_ else operand, cu_seqlens_k)
         _quant_attention_kernel[(blocks_m * H * sequences,)](
             q, k, planes, q_scale, k_scale, scale, bias, key_bias, grid_bias_h, grid_bias_w, vector(out_scale),
-            vector(p_values), vector(p_thresholds), ratio, vector(cu_seqlens_q), vector(cu_seqlens_k), out,
+            vector(p_values), vector(p_thresholds), key_scale, vector(cu_seqlens_q), vector(cu_seqlens_k), out,
             cls if emit_cls else None, lse if emit_lse else None, columns if emit_columns else None,
             H, Nq, blocks_m, *q.stride()[:3], *k.stride()[:3], *planes.stride()[:4], *q_scale.stride(),
             *k_scale.stride(), *scale.stride(), *_strides(bias, 4), *_strides(key_bias, 2), *_strides(grid_bias_h, 4),
@@ -316,8 +332,9 @@ def quant_attention(
             N=Nk, D=D, PART=part, REST=rest, KW=1 if grid_bias_w is None else grid_bias_w.shape[3],
             L=0 if bytes_ else p_values.shape[0], LSE=p_anchor == "lse", BYTE_STEP=byte_step, E4M3=p_operand == "e4m3",
             FP8=fp8, NORMALIZE=p_normalize, OFFSET=p_offset != 0, PLANES=planes.shape[2],
-            K_SCALE_PER_KEY=k_scale.stride(2) != 0, OUT_SCALE_PER_COLUMN=out_scale is not None and out_scale.shape[0] > 1,
-            PROMOTE=fp8 and capability[0] != 10, **blocks, **FLAGS,
+            K_SCALE_PER_KEY=k_scale.stride(2) != 0,
+            OUT_SCALE_PER_COLUMN=out_scale is not None and out_scale.shape[0] > 1, PROMOTE=fp8 and capability[0] != 10,
+            **blocks, **FLAGS,
         )  # fmt: skip
     cls = cls.mean(dim=1) if emit_cls else cls
     return out, cls, lse, (columns.double() / COLUMN_UNITS.value).float() if emit_columns else zeros(False)
