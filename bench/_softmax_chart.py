@@ -7,11 +7,11 @@ from pathlib import Path
 from pyvit_accel.files import write_whole
 from pyvit_accel.output import GREY, PALETTE, require
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "p")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "p", "<")
 ANCHORS = {  # the line, and the filling of the marker
     "max": ("-", "full"), "max, not rounded": ("-.", "top"), "lse": ("--", "none"), "lse, divided": (":", "left"),
 }  # fmt: skip
-COLOURS = (*PALETTE, GREY, "#222222", "#a05a2c", "#2c7f7f")
+COLOURS = (*PALETTE, GREY, "#222222", "#a05a2c", "#2c7f7f", "#c23b3b")
 
 
 def write_softmax_chart(path: str | Path, rows: list[dict], published: str) -> None:
@@ -34,7 +34,7 @@ def write_softmax_chart(path: str | Path, rows: list[dict], published: str) -> N
         for row in shown:
             if (row["model"], row["name"]) == (model, published):
                 axis.annotate(
-                    "published\n4-bit log2", (row["values"], row["logit_error"]), (-46, -52),
+                    "published\n4-bit log2", (row["values"], row["logit_error"]), (-60, -74),
                     textcoords="offset points", fontsize=8, ha="center", arrowprops={"arrowstyle": "->"},
                 )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="values of P, the zero included")
