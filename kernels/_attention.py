@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._common import MIN_SCALE, exp2, rint
+from ._packed import ASM
 from ._values import ALIGNED
 
 LIMIT = tl.constexpr(16320.0)  # reference/quant_attention.py
@@ -46,27 +47,45 @@ def _score_part(s, q, k_ptr, keys, seen, stride_kn, first: tl.constexpr, PART: t
 
 
 @triton.jit
+def _products(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
+    """q k^T of a tile, int32; its columns, less start; which of them are keys. Offsets within a tile fit 32 bits."""
+    query, sources, strides, _, _ = scores
+    column = keys_of(form[5], form[6])
+    seen = column < n_keys - start if TAIL else tl.full((form[5],), True, tl.int1)
+    k_ptr = sources[0] + tl.cast(start, tl.int64) * strides[0]
+    s = tl.zeros((query[0].shape[0], form[5]), tl.int32)
+    s = _score_part(s, query[0], k_ptr, column, seen, strides[0], 0, form[1], form[0])
+    if form[2]:
+        s = _score_part(s, query[1], k_ptr, column, seen, strides[0], form[1], form[2], form[0])
+    return s, column, seen
+
+
+@triton.jit
+def row_max(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
+    """The largest of logits. That of the largest product where all have one positive scale: rounding is monotone."""
+    query, sources, _, limit, _ = scores
+    if form[8]:
+        s, _, seen = _products(start, n_keys, scores, form, TAIL)
+        if TAIL:
+            s = tl.where(seen[None, :], s, -(2**30))
+        top = tl.max(s, axis=1).to(tl.float32) * tl.minimum(query[2] * tl.load(sources[1]), limit)
+    else:
+        top = tl.max(logits(start, n_keys, scores, form, TAIL), axis=1)
+    return top
+
+
+@triton.jit
 def logits(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
     """t (BLOCK_M, BLOCK_N) of the reference, -inf where a key is not seen; TAIL: some are not keys at all."""
     query, sources, strides, limit, bias_unit = scores
-    q, q_rest, q_scale, rows, mask_m = query
-    k_ptr, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr = sources
-    stride_kn, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk = strides
-    D: tl.constexpr = form[0]
-    PART: tl.constexpr = form[1]
-    REST: tl.constexpr = form[2]
+    _, _, q_scale, rows, mask_m = query
+    _, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr = sources
+    _, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk = strides
     KW: tl.constexpr = form[3]
     K_SCALE_PER_KEY: tl.constexpr = form[4]
-    BLOCK_N: tl.constexpr = form[5]
-    PERMUTED: tl.constexpr = form[6]
     EXACT: tl.constexpr = form[7]
-    column = keys_of(BLOCK_N, PERMUTED)  # offsets within a tile fit 32 bits
-    seen = column < n_keys - start if TAIL else tl.full((BLOCK_N,), True, tl.int1)
+    s, column, seen = _products(start, n_keys, scores, form, TAIL)
     first = tl.cast(start, tl.int64)
-    k_ptr += first * stride_kn
-    s = _score_part(tl.zeros((q.shape[0], BLOCK_N), tl.int32), q, k_ptr, column, seen, stride_kn, 0, PART, D)
-    if REST:
-        s = _score_part(s, q_rest, k_ptr, column, seen, stride_kn, PART, REST, D)
     if K_SCALE_PER_KEY:
         k_scale = tl.load(k_scale_ptr + first * stride_ksn + column * stride_ksn, mask=seen, other=0.0)
         t = s.to(tl.float32) * tl.minimum(q_scale[:, None] * k_scale[None, :], limit)
@@ -123,8 +142,52 @@ def codes(t, anchor, thresholds_ptr, shift, L: tl.constexpr, LSE: tl.constexpr):
 
 
 @triton.jit
+def _positive(x):
+    """max(x, 0) of the lower 16 bits."""
+    return tl.maximum((x << 16) >> 16, 0)
+
+
+@triton.jit
+def packed_bytes(t, top, n_keys, L: tl.constexpr, BYTE_STEP: tl.constexpr, TAIL: tl.constexpr):
+    """BYTE_STEP max(L - (top - rint t), 0) of permuted t as uint8 in the order of keys, two and four at a time.
+
+    No bias was added, so |t| <= 16320 and 16 bits hold every difference. Where TAIL, bytes from n_keys on are zero.
+    """
+    M: tl.constexpr = t.shape[0]
+    N: tl.constexpr = t.shape[1]
+    low_bits = (t + 12582912.0).to(tl.int32, bitcast=True)
+    low_bits = tl.permute(tl.reshape(low_bits, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
+    even, odd = tl.split(low_bits)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    c = tl.broadcast_to((L - rint(top))[:, None, None], (M, N // 16, 4))
+    if ASM:
+        word = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, zero;
+            mov.b32 zero, 0;
+            prmt.b32 a, $1, $2, 0x5410;
+            prmt.b32 b, $3, $4, 0x5410;
+            add.s16x2 a, a, $5;
+            add.s16x2 b, b, $5;
+            max.s16x2 a, a, zero;
+            max.s16x2 b, b, zero;
+            prmt.b32 $0, a, b, 0x6420; }""",
+            "=r,r,r,r,r,r", [x0, x1, x2, x3, (c & 0xFFFF) * 0x10001], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        word = _positive(x0 + c) | _positive(x1 + c) << 8 | _positive(x2 + c) << 16 | _positive(x3 + c) << 24
+    if BYTE_STEP > 1:
+        word *= BYTE_STEP
+    if TAIL:
+        left = n_keys - tl.reshape(tl.arange(0, N // 4) * 4, (1, N // 16, 4))
+        word = tl.where(left >= 4, word, tl.where(left > 0, word & ((1 << (left & 3) * 8) - 1), 0))
+    y0, y1, y2, y3 = word.to(tl.uint8), (word >> 8).to(tl.uint8), (word >> 16).to(tl.uint8), (word >> 24).to(tl.uint8)
+    return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (M, N))
+
+
+@triton.jit
 def probabilities(t, anchor, coding, code: tl.constexpr):
-    """The left operand, fp8 or float16; the values P in float32; and their codes, beyond L for some that are zero."""
+    """The left operand, fp8 or float16, and the values P in float32."""
     L: tl.constexpr = code[0]
     LSE: tl.constexpr = code[1]
     BYTE_STEP: tl.constexpr = code[2]
@@ -141,9 +204,9 @@ def probabilities(t, anchor, coding, code: tl.constexpr):
         value = p.to(tl.float32) * factor
     else:
         value = tl.load(values_ptr + k, mask=k < L, other=0).to(tl.float32)
-        p = (value / factor).to(tl.float16)
         value = tl.where(k < L, value + offset, 0.0)
-    return p, value, k
+        p = (value / factor).to(tl.float16)
+    return p, value
 
 
 @triton.constexpr_function
@@ -214,7 +277,7 @@ def _times_v(
 ):  # fmt: skip
     """acc + p v, for PART columns of v from the first."""
     BLOCK_N: tl.constexpr = p.shape[1]
-    PROMOTE: tl.constexpr = code[7]
+    PROMOTE: tl.constexpr = code[6]
     v_ptr, stride_vp, stride_vd = values
     offs_d, keys = first + tl.arange(0, PART), tl.arange(0, BLOCK_N)
     mask = tl.broadcast_to((offs_d < D)[:, None], (PART, BLOCK_N))
@@ -235,7 +298,7 @@ def _add_bytes(t, top, sums, start, n_keys, coding, values, form: tl.constexpr, 
     D: tl.constexpr = form[0]
     PART: tl.constexpr = form[1]
     REST: tl.constexpr = form[2]
-    total, acc, acc_rest, carry, unused = sums
+    total, acc, acc_rest, carry = sums
     p = exponentials(t, top, coding[5])
     f = rint(p * FULL)
     total += tl.sum(f, axis=1)
@@ -252,7 +315,7 @@ def _add_bytes(t, top, sums, start, n_keys, coding, values, form: tl.constexpr, 
         if REST:
             zero = tl.zeros(acc_rest.shape, tl.int32)
             acc_rest += _times_v(zero, p, start, n_keys, values, PART, REST, D, code, TAIL) * unit
-    return total, acc, acc_rest, carry, unused
+    return total, acc, acc_rest, carry
 
 
 @triton.jit
@@ -262,11 +325,15 @@ def _add_codes(
     D: tl.constexpr = form[0]
     PART: tl.constexpr = form[1]
     REST: tl.constexpr = form[2]
-    total, acc, acc_rest, extra, extra_rest = sums
-    p, value, k = probabilities(t, anchor, coding, code)
+    total, acc, acc_rest, carry = sums
+    if code[7]:
+        p = packed_bytes(t, anchor, n_keys - start, code[0], code[2], TAIL)
+        p = p.to(tl.float8e4nv if code[3] else tl.float8e5, bitcast=True)
+    else:
+        p, value = probabilities(t, anchor, coding, code)
     if code[2]:
-        p = in_order(p, form[6])
-        if code[7] and not TAIL:
+        p = p if code[7] else in_order(p, form[6])
+        if code[6] and not TAIL:
             total += tl.dot(p, ones(p.shape[1], code[3], code[4]), max_num_imprecise_acc=p.shape[1])
         else:
             total = tl.dot(p, ones(p.shape[1], code[3], code[4]), total)
@@ -275,20 +342,14 @@ def _add_codes(
     acc = _times_v(acc, p, start, n_keys, values, 0, PART, D, code, TAIL)
     if REST:
         acc_rest = _times_v(acc_rest, p, start, n_keys, values, PART, REST, D, code, TAIL)
-    if code[6]:
-        p = (k < code[0]).to(tl.float16)
-        extra = _times_v(extra, p, start, n_keys, values, 0, PART, D, code, TAIL)
-        if REST:
-            extra_rest = _times_v(extra_rest, p, start, n_keys, values, PART, REST, D, code, TAIL)
-    return total, acc, acc_rest, extra, extra_rest
+    return total, acc, acc_rest, carry
 
 
 @triton.jit
 def add_tile(
     t, anchor, sums, start, n_keys, coding, values, form: tl.constexpr, code: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    """sums and what the tile t adds: to the total and to P v in two parts of D; then, of bytes, to their remainders, of
-    values with an offset, to the sum of v where there is one."""
+    """sums and what the tile t adds: to the total, to P v in two parts of D, and, of bytes, to their remainders."""
     if coding[0] is None:
         sums = _add_bytes(t, anchor, sums, start, n_keys, coding, values, form, code, TAIL)
     else:
@@ -303,6 +364,6 @@ def add_columns(t, anchor, scale, columns_ptr, start, n_keys, coding, form: tl.c
     if coding[0] is None:
         value = rint(exponentials(t, anchor, coding[5]) * FULL).to(tl.float32)
     else:
-        _, value, _ = probabilities(t, anchor, coding, code)
+        _, value = probabilities(t, anchor, coding, code)
     column = (tl.sum(value * scale[:, None], axis=0) * COLUMN_UNITS).to(tl.int64)
     tl.atomic_add(columns_ptr + keys, column, mask=keys < n_keys, sem="relaxed")

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import COLUMN_UNITS, add_columns, add_tile, factor_of, first_row, keys_of, logits, share_sum
+from ._attention import COLUMN_UNITS, add_columns, add_tile, factor_of, first_row, keys_of, logits, row_max, share_sum
 from ._common import FLAGS, log2, rint, to_codes, vector
 from ._values import ALIGNED, prepare, start_of
 
@@ -32,14 +32,12 @@ def _store_first(cls_ptr, start, first, total, n_keys, form: tl.constexpr):
 
 @triton.jit
 def _store(
-    acc, extra, scale, factor, offset, offs_m, mask_m, out_ptr, out_scale_ptr, h, stride_om,
-    first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, OFFSET: tl.constexpr, OUT_SCALE_PER_COLUMN: tl.constexpr,
+    acc, scale, factor, offs_m, mask_m, out_ptr, out_scale_ptr, h, stride_om,
+    first: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, OUT_SCALE_PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
     offs_d = first + tl.arange(0, PART)
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     y = acc.to(tl.float32) * (scale * factor)[:, None]
-    if OFFSET:
-        y += extra * (scale * offset)[:, None]
     if out_scale_ptr is not None:
         if OUT_SCALE_PER_COLUMN:
             out_scale = tl.load(out_scale_ptr + h * D + offs_d, mask=offs_d < D, other=1.0)[None, :]
@@ -61,8 +59,9 @@ def _quant_attention_kernel(
     score_unit, bias_unit, limit, octave, inverse_octave, shift, p_unit, offset,
     N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, KW: tl.constexpr,
     L: tl.constexpr, LSE: tl.constexpr, BYTE_STEP: tl.constexpr, E4M3: tl.constexpr, FP8: tl.constexpr,
-    NORMALIZE: tl.constexpr, OFFSET: tl.constexpr, PLANES: tl.constexpr, K_SCALE_PER_KEY: tl.constexpr,
-    OUT_SCALE_PER_COLUMN: tl.constexpr, PROMOTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORMALIZE: tl.constexpr, PLANES: tl.constexpr, K_SCALE_PER_KEY: tl.constexpr,
+    OUT_SCALE_PER_COLUMN: tl.constexpr, PROMOTE: tl.constexpr, PERMUTED: tl.constexpr, PACKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block_m, bh = tl.program_id(0) % blocks_m, (tl.program_id(0) // blocks_m).to(tl.int64)
     b, h = bh // H, bh % H
@@ -106,7 +105,6 @@ def _quant_attention_kernel(
     q = _load_q(q_ptr, offs_m, mask_m, stride_qm, 0, PART, D)
     q_rest = _load_q(q_ptr, offs_m, mask_m, stride_qm, PART, REST, D) if REST else q
     q_scale = tl.load(q_scale_ptr + b * stride_qsb + h * stride_qsh + offs_m * stride_qsm, mask=mask_m, other=0.0)
-    PERMUTED: tl.constexpr = BYTE_STEP > 0 and FP8
     PACKED: tl.constexpr = cu_q_ptr is not None
     query = (q, q_rest, q_scale * score_unit, tl.arange(0, BLOCK_M), mask_m)
     strides = (
@@ -120,9 +118,14 @@ def _quant_attention_kernel(
         query, (k_again, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr), strides, limit, bias_unit,
     )  # fmt: skip
     values = (v_ptr, stride_vp, stride_vd)
-    form: tl.constexpr = (D, PART, REST, KW, K_SCALE_PER_KEY, BLOCK_N, PERMUTED, values_ptr is None)
+    BIASED: tl.constexpr = bias_ptr is not None or grid_h_ptr is not None or key_bias_ptr is not None
+    MONOTONE: tl.constexpr = not BIASED and not K_SCALE_PER_KEY
+    form: tl.constexpr = (
+        D, PART, REST, KW, K_SCALE_PER_KEY, BLOCK_N, PERMUTED, values_ptr is None, MONOTONE,
+    )  # fmt: skip
+    FAST: tl.constexpr = PACKS and not LSE and not BIASED
     factor = 1.0 if values_ptr is None else factor_of(values_ptr, L, BYTE_STEP, E4M3, FP8)
-    code: tl.constexpr = (L, LSE, BYTE_STEP, E4M3, FP8, PLANES, OFFSET, PROMOTE)
+    code: tl.constexpr = (L, LSE, BYTE_STEP, E4M3, FP8, PLANES, PROMOTE, FAST)
     if key_scale_ptr is None:
         v_scale = tl.load(v_scale_ptr + b * stride_vsb + h * stride_vsh)
     else:
@@ -139,13 +142,13 @@ def _quant_attention_kernel(
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for start in range(0, stop, BLOCK_N):
-        top = tl.maximum(top, tl.max(logits(start, n_keys, scores, form, PACKED), axis=1))
+        top = tl.maximum(top, row_max(start, n_keys, scores, form, PACKED))
     if ONE:
         t = logits(0, N, scores, form, N < BLOCK_N)
-        top = tl.max(t, axis=1)
+        top = row_max(0, N, scores, form, N < BLOCK_N)
     if REST_N:
         t = logits(WHOLE, N, scores, form, True)
-        top = tl.maximum(top, tl.max(t, axis=1))
+        top = tl.maximum(top, row_max(WHOLE, N, scores, form, True))
 
     anchor = top
     if LSE:
@@ -161,8 +164,8 @@ def _quant_attention_kernel(
     total = tl.zeros((BLOCK_M, 16), TYPE) if BYTE_STEP else tl.zeros((BLOCK_M,), TYPE)
     acc = tl.zeros((BLOCK_M, PART), TYPE)
     acc_rest = tl.zeros((BLOCK_M, REST), TYPE) if REST else acc
-    carry = tl.full((BLOCK_M, 16), 128, tl.int32) if values_ptr is None else acc  # unless there are bytes, P not zero
-    sums = (total, acc, acc_rest, carry, acc_rest)
+    carry = tl.full((BLOCK_M, 16), 128, tl.int32) if values_ptr is None else acc
+    sums = (total, acc, acc_rest, carry)
     # The last tile is at hand after the first pass; to keep it longer takes registers, so then it is made again.
     LAST: tl.constexpr = REST_N and (LSE or values_ptr is None)
     if (ONE or REST_N) and not LAST:
@@ -173,7 +176,7 @@ def _quant_attention_kernel(
     if LAST:
         t = logits(WHOLE, N, again, form, True)
         sums = add_tile(t, anchor, sums, WHOLE, n_keys, coding, values, form, code, True)
-    total, acc, acc_rest, extra, extra_rest = sums
+    total, acc, acc_rest, _ = sums
     if BYTE_STEP:
         # Every column of the dot with ones is the sum.
         total = tl.max(total, axis=1) * factor
@@ -187,13 +190,13 @@ def _quant_attention_kernel(
         weight = tl.full((BLOCK_M,), 1.0, tl.float32) * p_unit
         scale = weight * v_scale
     _store(
-        acc, extra, scale, factor, offset, offs_m, mask_m, out_ptr, out_scale_ptr, h, H * D, 0, PART, D, OFFSET,
+        acc, scale, factor, offs_m, mask_m, out_ptr, out_scale_ptr, h, H * D, 0, PART, D,
         OUT_SCALE_PER_COLUMN,
     )  # fmt: skip
     if REST:
         _store(
-            acc_rest, extra_rest, scale, factor, offset, offs_m, mask_m, out_ptr, out_scale_ptr, h, H * D, PART, REST,
-            D, OFFSET, OUT_SCALE_PER_COLUMN,
+            acc_rest, scale, factor, offs_m, mask_m, out_ptr, out_scale_ptr, h, H * D, PART, REST,
+            D, OUT_SCALE_PER_COLUMN,
         )  # fmt: skip
     if lse_ptr is not None:
         if not LSE and thresholds_ptr is None and values_ptr is not None:
@@ -229,18 +232,22 @@ def _quant_attention_kernel(
                 _store_first(cls_ptr, start, first, sum_first, n_keys, form)
 
 
-def _blocks(Nk: int, D: int, packed: bool, light: bool, capability: tuple[int, int]) -> dict[str, int]:
+def _blocks(
+    Nk: int, D: int, packed: bool, light: bool, looked_up: bool, capability: tuple[int, int]
+) -> dict[str, int]:
     """Queries and keys of a tile. A row that fits is one tile, and its scores stay in registers.
 
     light: a byte is the code, with no bias before it. Then 256 scores of a row fit, for Hopper's and later dots, and
-    three programs of a head dimension up to 64 fit on an SM. All else would spill with more than 64.
+    three programs of a head dimension up to 64 fit on an SM. All else would spill with more keys than here. A loop that
+    looks values up is not pipelined: Triton would have to start the dots ahead that those loads wait for, and fails.
     """
     light &= capability >= (9, 0)
-    BLOCK_N = 128 if light else 64
+    BLOCK_N = 128 if light else 64 if D <= 64 or (capability[0] == 9 and not looked_up) else 32
     if not packed and Nk <= (256 if light else BLOCK_N):
         BLOCK_N = max(32, triton.next_power_of_2(Nk))
     maxnreg = 168 if light and D <= 64 and capability[0] == 9 else 255
-    return {"BLOCK_M": 64, "BLOCK_N": BLOCK_N, "num_warps": 4, "num_stages": 2, "maxnreg": maxnreg}
+    stages = 1 if looked_up else 2
+    return {"BLOCK_M": 64, "BLOCK_N": BLOCK_N, "num_warps": 4, "num_stages": stages, "maxnreg": maxnreg}
 
 
 def _parts(D: int) -> tuple[int, int]:
@@ -312,7 +319,7 @@ def quant_attention(
     octave = 1 / LOG2_E if bytes_ else p_steps if p_thresholds is None else 1.0
     part, rest = _parts(D)
     light = byte_step > 0 and p_anchor == "max" and bias is None and grid_bias_h is None and key_bias is None
-    blocks = _blocks(Nk, D, packed, light, capability)
+    blocks = _blocks(Nk, D, packed, light, byte_step == 0 and not bytes_, capability)
     blocks_m = triton.cdiv(longest, blocks["BLOCK_M"])
     with torch.cuda.device_of(q):
         operand = torch.float8_e4m3fn if fp8 else torch.float16
@@ -331,9 +338,10 @@ def quant_attention(
             _float32(1 / 65280 if bytes_ else p_unit), _float32(p_offset),
             N=Nk, D=D, PART=part, REST=rest, KW=1 if grid_bias_w is None else grid_bias_w.shape[3],
             L=0 if bytes_ else p_values.shape[0], LSE=p_anchor == "lse", BYTE_STEP=byte_step, E4M3=p_operand == "e4m3",
-            FP8=fp8, NORMALIZE=p_normalize, OFFSET=p_offset != 0, PLANES=planes.shape[2],
+            FP8=fp8, NORMALIZE=p_normalize, PLANES=planes.shape[2],
             K_SCALE_PER_KEY=k_scale.stride(2) != 0,
             OUT_SCALE_PER_COLUMN=out_scale is not None and out_scale.shape[0] > 1, PROMOTE=fp8 and capability[0] != 10,
+            PERMUTED=fp8 and capability[0] < 10, PACKS=fp8 and capability[0] == 9,
             **blocks, **FLAGS,
         )  # fmt: skip
     cls = cls.mean(dim=1) if emit_cls else cls

@@ -103,12 +103,12 @@ def error_of(new):
 
     Each of n products and sums rounds once, by u = 2^-24, and the scale a few times. Values that are not bytes are
     float16, and so is v with a scale per key, or of floats: half an ulp, and as much below 2^-14 of the largest. GPUs
-    keep 13 bits of an fp8 sum of 128 keys. Values and an offset are summed apart.
+    keep 13 bits of an fp8 sum of 128 keys.
     """
     n = new["k"].shape[2]
     if n == 0:
         return torch.zeros(()), 0.0
-    plain = new | {"p_normalize": False, "p_unit": 1.0, "out_scale": None, "p_offset": abs(new["p_offset"])}
+    plain = new | {"p_normalize": False, "p_unit": 1.0, "out_scale": None}
     ones = torch.ones_like(new["v"], dtype=torch.float32)
     total = reference(*(new | {"v": ones, "v_scale": new["v_scale"][..., :1] * 0 + 1, "p_normalize": False,
                                "p_unit": 1.0, "out_scale": None}).values())[0].double()  # fmt: skip
@@ -174,13 +174,14 @@ def check_identity(form, keys, capability, BLOCK_N, whole=False):
             else a.expand(1, H, -1) if name in ("q_scale", "k_scale") else a
             for name, a in new.items()
         } | {"v": v, "v_scale": torch.ones(1, H, 1), "p_normalize": False, "p_unit": 1.0}  # fmt: skip
-        if new["p_values"].is_floating_point():
-            held = new["p_values"].half().float()
-        else:
-            held = (new["p_values"] * 0.5).half().float() * 2 if new["p_operand"] == "fp16" else new["p_values"]
+        held = {"p_values": new["p_values"]}
+        if new["p_operand"] == "fp16":
+            factor = 1 if new["p_values"].is_floating_point() else 2
+            values = (new["p_values"] + new["p_offset"]) / factor
+            held = {"p_values": values.half().float() * factor, "p_offset": 0.0}
         with small_tiles(capability, BLOCK_N=BLOCK_N or (256 if Nk > 256 else None)):
             out = kernel("quant_attention", *new.values())[0]
-        truth = reference(*(new | {"p_values": held}).values())[0]
+        truth = reference(*(new | held).values())[0]
         assert torch.equal(out, truth), f"{Nk} keys: {(out != truth).sum()} of {truth.numel()} differ"
         assert out.any() or not whole
 
