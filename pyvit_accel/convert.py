@@ -210,7 +210,8 @@ def _plan(model: nn.Module, recipe: Recipe, observed: Any) -> tuple[dict[str, Re
                 continue
             target = _target(name, new)
             if any(_inside(t, target) for t in taken):
-                continue  # an earlier rule took a part of it
+                refused.setdefault(name, "an earlier rule took a part of it")
+                continue
             plan[name] = new
             taken.append(target)
             refused.pop(name, None)

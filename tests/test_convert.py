@@ -342,3 +342,20 @@ def test_calibration_gives_the_same_bits_every_time():
     states = [accelerate(vit(), W8A8, [images])[0].state_dict() for _ in range(2)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
+
+
+def test_a_sum_says_what_an_earlier_recipe_left_it():
+    """W8A16 takes the Linears of attention, so EXP_FREE_ATTENTION cannot take it whole, and says so."""
+    _, report = accelerate(digits_model(), recipes.W8A16 + recipes.EXP_FREE_ATTENTION)
+    kept = {entry.name: entry.reason for entry in report.kept}
+    assert kept["blocks.0.attn"] == "an earlier rule took a part of it"
+
+
+@pytest.mark.parametrize("recipe", [recipes.W8A16, recipes.W8A8_DYNAMIC, recipes.FP8], ids=lambda recipe: recipe.name)
+def test_models_may_read_weights_past_the_layer(recipe):
+    """As torchvision's Swin does: F.linear(x, self.qkv.weight, self.qkv.bias)."""
+    model = nn.Sequential(nn.Linear(24, 40)).eval()
+    fast, _ = accelerate(model, recipe)
+    read = fast[0].weight
+    assert read.shape == (40, 24) and read.dtype == torch.float32
+    assert (read - model[0].weight).norm() < 0.05 * model[0].weight.norm()

@@ -161,7 +161,6 @@ class QuantAttention(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "per token and head" if self.head_scale is None else "static per head"
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, q k v=int{self.head_bits} {kind}{self._softmax_label()}"
-
-    def _softmax_label(self) -> str:
-        return "" if self.softmax is None else f", softmax={self.softmax.label}"
+        softmax = "bytes" if self.softmax is None else self.softmax.label
+        heads = f"num_heads={self.num_heads}, head_dim={self.head_dim}, q k v=int{self.head_bits} {kind}"
+        return f"{heads}, softmax={softmax}"

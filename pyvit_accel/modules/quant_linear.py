@@ -63,6 +63,11 @@ class PackedWeight(nn.Module):
         """The weight (N, K) the matmul multiplies with, float32."""
         return affine.dequantize(self.codes(), self.w_scale[:, None])
 
+    @property
+    def weight(self) -> Tensor:
+        """As a float32 of its own, for models that read it past forward(): F.linear(x, self.qkv.weight, bias)."""
+        return self.dequantized_weight()
+
     def formats(self) -> tuple[str, str]:
         """Of the weight and of the activations."""
         return f"int{self.w_bits}", "float"
