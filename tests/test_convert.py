@@ -346,7 +346,7 @@ def test_calibration_gives_the_same_bits_every_time():
 
 def test_a_sum_says_what_an_earlier_recipe_left_it():
     """W8A16 takes the Linears of attention, so EXP_FREE_ATTENTION cannot take it whole, and says so."""
-    _, report = accelerate(digits_model(), recipes.W8A16 + recipes.EXP_FREE_ATTENTION)
+    _, report = accelerate(vit(), W8A16 + recipes.EXP_FREE_ATTENTION)
     kept = {entry.name: entry.reason for entry in report.kept}
     assert kept["blocks.0.attn"] == "an earlier rule took a part of it"
 
