@@ -241,13 +241,15 @@ def _blocks(
     three programs of a head dimension up to 64 fit on an SM. All else would spill with more keys than here. A loop that
     looks values up is not pipelined: Triton would have to start the dots ahead that those loads wait for, and fails.
     """
+    hopper = capability[0] == 9
     light &= capability >= (9, 0)
-    BLOCK_N = 128 if light else 64 if D <= 64 or (capability[0] == 9 and not looked_up) else 32
-    if not packed and Nk <= (256 if light else BLOCK_N):
+    BLOCK_N = 128 if light and (D <= 64 or hopper) else 64 if light or D <= 64 or (hopper and not looked_up) else 32
+    if not packed and Nk <= (256 if light and BLOCK_N == 128 else BLOCK_N):
         BLOCK_N = max(32, triton.next_power_of_2(Nk))
-    maxnreg = 168 if light and D <= 64 and capability[0] == 9 else 255
-    stages = 1 if looked_up else 2
-    return {"BLOCK_M": 64, "BLOCK_N": BLOCK_N, "num_warps": 4, "num_stages": stages, "maxnreg": maxnreg}
+    return {
+        "BLOCK_M": 64, "BLOCK_N": BLOCK_N, "num_warps": 4 if light or D <= 64 or hopper else 8,
+        "num_stages": 1 if looked_up else 2, "maxnreg": 168 if light and D <= 64 and hopper else 255,
+    }  # fmt: skip
 
 
 def _parts(D: int) -> tuple[int, int]:
