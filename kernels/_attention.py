@@ -162,17 +162,17 @@ def packed_bytes(t, top, n_keys, L: tl.constexpr, BYTE_STEP: tl.constexpr, TAIL:
     x1, x3 = tl.split(odd)
     c = tl.broadcast_to((L - rint(top))[:, None, None], (M, N // 16, 4))
     if ASM:
+        zero = (c + 65536) >> 18  # |c| < 2^15; ptxas makes a zero that it knows anew for every pair
         word = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, zero;
-            mov.b32 zero, 0;
+            """{ .reg .b32 a, b;
             prmt.b32 a, $1, $2, 0x5410;
             prmt.b32 b, $3, $4, 0x5410;
             add.s16x2 a, a, $5;
             add.s16x2 b, b, $5;
-            max.s16x2 a, a, zero;
-            max.s16x2 b, b, zero;
+            max.s16x2 a, a, $6;
+            max.s16x2 b, b, $6;
             prmt.b32 $0, a, b, 0x6420; }""",
-            "=r,r,r,r,r,r", [x0, x1, x2, x3, (c & 0xFFFF) * 0x10001], dtype=tl.int32, is_pure=True, pack=1,
+            "=r,r,r,r,r,r,r", [x0, x1, x2, x3, (c & 0xFFFF) * 0x10001, zero], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
         word = _positive(x0 + c) | _positive(x1 + c) << 8 | _positive(x2 + c) << 16 | _positive(x3 + c) << 24
