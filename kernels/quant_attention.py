@@ -243,11 +243,12 @@ def _blocks(
     """
     hopper = capability[0] == 9
     light &= capability >= (9, 0)
-    BLOCK_N = 128 if light and (D <= 64 or hopper) else 64 if light or D <= 64 or (hopper and not looked_up) else 32
+    heavy = not light and D > 64
+    BLOCK_N = 128 if light and (D <= 64 or hopper) else 32 if heavy or looked_up else 64
     if not packed and Nk <= (256 if light and BLOCK_N == 128 else BLOCK_N):
         BLOCK_N = max(32, triton.next_power_of_2(Nk))
     return {
-        "BLOCK_M": 64, "BLOCK_N": BLOCK_N, "num_warps": 4 if light or D <= 64 or hopper else 8,
+        "BLOCK_M": 32 if heavy and not hopper else 64, "BLOCK_N": BLOCK_N, "num_warps": 8 if heavy else 4,
         "num_stages": 1 if looked_up else 2, "maxnreg": 168 if light and D <= 64 and hopper else 255,
     }  # fmt: skip
 
@@ -320,7 +321,7 @@ def quant_attention(
     fp8 = byte_step > 0 and v.dtype.itemsize == 1 and one_scale and capability >= (8, 9)
     octave = 1 / LOG2_E if bytes_ else p_steps if p_thresholds is None else 1.0
     part, rest = _parts(D)
-    light = byte_step > 0 and p_anchor == "max" and bias is None and grid_bias_h is None and key_bias is None
+    light = fp8 and p_anchor == "max" and bias is None and grid_bias_h is None and key_bias is None
     blocks = _blocks(Nk, D, packed, light, byte_step == 0 and not bytes_, capability)
     blocks_m = triton.cdiv(longest, blocks["BLOCK_M"])
     with torch.cuda.device_of(q):

@@ -93,6 +93,8 @@ def test_no_spills(form, kwargs, architecture, tmp_path):
     p = scores
     if form is not None:
         p = sixteen if FORMATS[form].operand == "fp16" or "s" in kwargs.get("parts", "") else eight
+    if architecture == 100 and p == sixteen and kwargs.get("D", 64) > 64:
+        p = "HMMA"  # tiles of 32 queries; tcgen05 has 64
     assert {op for op in code.count if "MMA" in op} == {scores, p}
     assert "MUFU.EX2" not in code.sass
 
