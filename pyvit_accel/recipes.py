@@ -172,4 +172,5 @@ W8A16, W4A16 = weight_only(8), weight_only(4, group_size=64)
 FP8 = codebook("FP8", fp8("e4m3"), fp8("e4m3"))
 POW2 = codebook("POW2", ps_weight(bits=4), uniform(8, 1.0, zero_point=128))
 EXP_FREE_ATTENTION = exp_free_attention("EXP_FREE_ATTENTION", linear_mantissa(3))
-RECIPES = {recipe.name: recipe for recipe in (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16, FP8, POW2)}
+_ALL = (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16, FP8, POW2, EXP_FREE_ATTENTION)
+RECIPES = {recipe.name: recipe for recipe in _ALL}

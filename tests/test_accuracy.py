@@ -41,7 +41,7 @@ class Bar:
 #          agreement  99.1   97.7   90.0   87.2   47.1   99.1   92.8   96.5   83.7
 # ViT-Ti   loss       0.31   1.08   3.23   7.54   60.0   0.62   3.08   0.77  12.46
 #          agreement  99.1   96.5   89.1   82.9   24.2   99.1   92.8   97.1   76.8
-# Minus: better than fp32.
+# Minus: better than fp32. EXP_FREE_ATTENTION 0.00, 99.1 and 0.15, 99.7.
 BARS = {
     "deit_tiny_patch16_224": {
         "W8A8": Bar(0.5, 98.0),
@@ -54,6 +54,7 @@ BARS = {
         "W4A16": Bar(2.5, 90.0),
         "FP8": Bar(2.0, 94.0, images=200),
         "POW2": Bar(9.0, 77.0, images=200),
+        "EXP_FREE_ATTENTION": Bar(0.3, 98.5),
     },
     "vit_tiny_patch16_224": {
         "W8A8": Bar(0.8, 96.0),
@@ -66,6 +67,7 @@ BARS = {
         "W4A16": Bar(5.0, 90.0),
         "FP8": Bar(2.5, 94.0, images=200),
         "POW2": Bar(18, 70.0, images=200),
+        "EXP_FREE_ATTENTION": Bar(0.3, 98.5),
     },
 }
 
@@ -120,7 +122,7 @@ def test_imagenet(name, recipe):
     pixels, labels = (t[: bar.images] for t in images("imagenet_val_227", 650))
     model, report = accelerate(float_model(name), recipe, [calibration])
     integers = recipe.name.startswith("W") and not recipe.name.endswith("A16")
-    assert len(report.replaced) == (14 if integers else 49)
+    assert len(report.replaced) == (14 if integers else 12 if "ATTENTION" in recipe.name else 49)
     predictions, truth = predict(model, pixels), float_predictions(name)[: bar.images]
     loss = 100 * ((truth == labels).double().mean() - (predictions == labels).double().mean()).item()
     agreement = 100 * (predictions == truth).double().mean().item()
