@@ -1,18 +1,18 @@
 """softmax(q k^T scale + bias) v on integer codes, P in a format of formats/softmax.py or as bytes of the maximum.
 
 Formulas, arguments and results are those of reference/quant_attention.py. The scores of a tile of queries and keys, its
-codes and P stay in registers: nothing of size Nq Nk is in memory. Rows of one tile are scored once; longer ones first for
-their maximum, then again for P (a running maximum would keep small values that the definition drops). With one scale a
-head and no bias the first pass needs no floats: the largest product gives the largest score.
+codes and P stay in registers: nothing of size Nq Nk is in memory. Rows of one tile are scored once; longer ones first
+for their maximum, then again for P (a running maximum would keep small values that the definition drops). With one
+positive scale a head and no bias the first pass needs no floats: the largest product gives the largest score.
 
     P in bytes    fp8 dots with v of e4m3, int8 as two planes of e4m3; the row sum from the same bytes and a dot with
-                  ones. No exponential. On Hopper Triton's partial sums are added up in float32 every 128 keys
+                  ones. No exponential. Ada's and Hopper's partial sums are added up in float32 every tile of keys
     other P       looked up, times 1/2 where integers, as float16; so are bytes on v of floats or with a scale a key,
                   and all of them before sm_89
     no format     diffused bytes, in two parts that an int8 holds: exact int32 sums, the reference's bits
 
-Extra memory: v once more (_values.py); 4 B H Nk bytes for the class row, 8 B H Nk for column sums, which are added up as
-integers of 2^-40 so that any order gives the same.
+Extra memory: v once more (_values.py); 4 B H Nk bytes for the class row, 8 B H Nk for column sums, which are added up
+as integers of 2^-40 so that any order gives the same.
 """
 
 from __future__ import annotations
@@ -252,10 +252,10 @@ def _blocks(
 ) -> dict[str, int]:
     """Queries and keys of a tile. A row that fits is one tile, and its scores stay in registers.
 
-    light: a byte is the code, with no bias before it. Then 256 scores of a row fit, for Hopper's and later dots, and
-    three programs of a head dimension up to 64 fit on an SM. All else spills with larger tiles (with smaller ones too,
-    where sm_100 looks values up). A loop that looks values up is not pipelined: Triton would have to start the dots
-    ahead that those loads wait for, and fails.
+    light: a byte is the code, no bias before it, neither class row nor columns after it. Then 256 scores of a row fit,
+    for Hopper's and later dots, and three programs of a head dimension up to 64 fit on an SM. All else spills with
+    larger tiles (with smaller ones too, where sm_100 looks values up). A loop that looks values up is not pipelined:
+    Triton would have to start the dots ahead that those loads wait for, and fails.
     """
     hopper = capability[0] == 9
     light &= capability >= (9, 0)
@@ -339,6 +339,7 @@ def quant_attention(
     octave = 1 / LOG2_E if bytes_ else p_steps if p_thresholds is None else 1.0
     part, rest = _parts(D)
     light = fp8 and p_anchor == "max" and bias is None and grid_bias_h is None and key_bias is None
+    light = light and not emit_cls and not emit_columns
     blocks = _blocks(Nk, D, packed, light, byte_step == 0 and not bytes_, capability)
     blocks_m = triton.cdiv(longest, blocks["BLOCK_M"])
     with torch.cuda.device_of(q):

@@ -77,8 +77,9 @@ def test_instructions_per_logit(N, limit, tmp_path, capsys):
 
 
 OTHERS = [
-    ("linear mantissa 3", {}), ("linear mantissa 3", {"N": 577}), ("linear mantissa 3", {"parts": "btkO"}),
-    ("log2 4, lse", {"v": "e4m3", "parts": "bto"}), ("log2 5", {"D": 80, "v": "fp16"}),
+    ("linear mantissa 3", {"parts": "e"}), ("linear mantissa 3", {"N": 577, "parts": "e"}),
+    ("linear mantissa 3", {"parts": "btkO"}), ("log2 4, lse", {"v": "e4m3", "parts": "bto"}),
+    ("log2 5", {"D": 80, "v": "fp16"}),
     ("sulq, lse", {"D": 128, "N": 577}), ("linear mantissa 3", {"D": 128, "N": 577, "parts": "s"}),
     ("uniform, lse", {"parts": "eg", "N": 196}), (None, {}), (None, {"D": 128, "parts": "bs", "N": 577}),
 ]  # fmt: skip
