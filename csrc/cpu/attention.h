@@ -189,18 +189,17 @@ INLINE float code_row(const Softmax& f, const Work& s, int r, const float* x, fl
 // would wait for its own.
 INLINE void coded_rows(const Attention& a, const Head& head, const Work& s, int64_t i, int rows, float* out_scale) {
   const Softmax& f = a.softmax;
-  const bool steps_of_max = !f.lse && !f.thresholds;
   float top[kRows], total[kRows];
   for (int r = 0; r < rows; ++r) top[r] = row_maximum(s.scores + r * s.padded_keys, s.padded_keys);
   bool found = false;
 #if defined(USE_AVX512_VNNI)
-  found = steps_of_max && !s.floats && f.count < 128 && !head.columns && has_vbmi();
+  found = !f.lse && !f.thresholds && !s.floats && f.count < 128 && !head.columns && has_vbmi();
   if (found) look_up_rows_vbmi(s.scores, rows, s.padded_keys, top, f, s.p, s.p_high, total);
 #endif
   for (int r = 0; r < rows; ++r) {
     const float* x = s.scores + r * s.padded_keys;
     const bool none = top[r] <= kUnseen;
-    const float anchor = none || steps_of_max ? (float)nearest(top[r]) : f.lse ? log_sum(x, s.padded_keys, top[r], f) : top[r];
+    const float anchor = f.lse && !none ? log_sum(x, s.padded_keys, top[r], f) : top[r];
     if (!found) total[r] = code_row(f, s, r, x, top[r], anchor);
     out_scale[r] = f.normalize ? (total[r] > 0 ? s.v_scale / total[r] : 0.f) : s.v_scale * f.unit;
     if (head.cls && i + r == 0) emit_cls(head, s, x, top[r], f.inverse, none);

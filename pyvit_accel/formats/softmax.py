@@ -135,8 +135,10 @@ def from_description(record: dict) -> SoftmaxFormat:
 
 
 def linear_mantissa(bits: int = 3, anchor: str = "max", normalize: bool = True) -> SoftmaxFormat:
-    """bits 0 .. 3 of mantissa. 0 is log2 with 16 values. The fp8 bytes read as they are: 30, 56 or 104 values, the
-    smallest 2^-15, 2^-16 and 2^-15 of the largest."""
+    """bits 0 .. 3 of mantissa. 0 is log2 with 16 values; else the fp8 bytes read as they are: 30, 56 or 104 values.
+
+    The smallest is 2^-15 of the largest.
+    """
     if bits == 0:
         return log2(4, anchor, normalize=normalize)
     if bits not in _FP8:
@@ -169,6 +171,7 @@ def of_codebook(codebook: Codebook, anchor: str = "lse", normalize: bool | None 
     steps = _STEPS.get(codebook.family)
     if steps and codebook.parameters.get("rounding", "nearest") == "nearest" and not codebook.offset.item():
         return _log_spaced(codebook, steps(codebook.parameters), anchor, normalize)
+    name = _name(codebook)
     codebook = codebook.merged() if codebook.family == "sulq" else codebook
     scale, offset = codebook.scale.double().item(), codebook.offset.double().item()
     levels, factor = codebook.levels.flip(0), codebook.unit * scale
@@ -179,7 +182,7 @@ def of_codebook(codebook: Codebook, anchor: str = "lse", normalize: bool | None 
     else:
         cuts = torch.cat([cuts, cuts.new_full((1,), -torch.inf)])
     return _of(
-        _name(codebook), anchor, levels, factor, offset / factor, steps=0.0, thresholds=cuts,
+        name, anchor, levels, factor, offset / factor, steps=0.0, thresholds=cuts,
         normalize=anchor == "max" if normalize is None else normalize,
     )  # fmt: skip
 

@@ -6,9 +6,8 @@ With p_values, in steps of which an octave has p_steps (1 when there are thresho
     t = clip((q k^T) a, -16320, 16320) + clip(b log2(e) steps, -16320, 16320)              q k^T exact, then float32
     b = bias + (grid_bias_h + grid_bias_w) + key_bias, those there are, in this order
     lse = max t + steps log2(sum_j e_j / 65280),  e_j = rint(65280 2^((t_j - max t) / steps))
-    k = max_j rint(t_j) - rint(t)          anchor "max", steps
-        rint(lse - t + p_shift)            anchor "lse", steps
-        #(p_thresholds > t - anchor)       thresholds; anchor is max t or lse
+    k = rint(anchor - t + p_shift)         anchor is max t, where p_shift is 0, or lse
+        #(p_thresholds > t - anchor)       where there are thresholds
     P = p_values[k] + p_offset             0 for k >= L, and for a key that is not seen
     out = (P v) (v_scale / sum_j P),  or (P v) (v_scale p_unit) when not normalised
 
@@ -173,11 +172,11 @@ def _coded(
     p_normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weights (B, H, Nq, Nk), log-sum-exp, and (B, H, Nq, D)."""
-    anchor = torch.round(top) if p_anchor == "max" and p_thresholds is None else top
+    anchor = top
     if p_anchor == "lse":
         share = f.sum(dim=-1, keepdim=True).float() * torch.tensor(1 / FULL, dtype=torch.float32)
         anchor = top + log2(share.clamp_min(1)) * octave
-    k = codes(t, anchor, p_thresholds, p_shift, p_anchor, p_values.numel())
+    k = codes(t, anchor, p_thresholds, p_shift, p_values.numel())
     table = F.pad((p_values + p_offset).double(), (0, 1))
     values = table[k]
     total = values.sum(dim=-1, keepdim=True)
@@ -198,14 +197,12 @@ def _coded(
     return weights, lse * LN2, out
 
 
-def codes(t: Tensor, anchor: Tensor, p_thresholds: Tensor | None, p_shift: float, p_anchor: str, L: int) -> Tensor:
+def codes(t: Tensor, anchor: Tensor, p_thresholds: Tensor | None, p_shift: float, L: int) -> Tensor:
     """k = 0 .. L, int64; unseen keys are L."""
     unseen = t == -torch.inf
     t, anchor = t.masked_fill(unseen, 0), anchor.masked_fill(anchor == -torch.inf, 0)
     if p_thresholds is not None:
         k = torch.bucketize(-(t - anchor).contiguous(), -p_thresholds, right=False)
-    elif p_anchor == "max":
-        k = anchor - torch.round(t)
     else:
         k = torch.round(anchor - t + torch.tensor(p_shift, dtype=torch.float32))
     return k.clamp(0, L).long().masked_fill(unseen, L)
