@@ -68,7 +68,8 @@ def row_max(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
         s, _, seen = _products(start, n_keys, scores, form, TAIL)
         if TAIL:
             s = tl.where(seen[None, :], s, -(2**30))
-        top = tl.max(s, axis=1).to(tl.float32) * tl.minimum(query[2] * tl.load(sources[1]), limit)
+        top = tl.max(s, axis=1).to(tl.float32) * (query[2] * tl.load(sources[1]))
+        top = tl.minimum(tl.maximum(top, -limit), limit)
     else:
         top = tl.max(logits(start, n_keys, scores, form, TAIL), axis=1)
     return top
@@ -88,9 +89,10 @@ def logits(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
     first = tl.cast(start, tl.int64)
     if K_SCALE_PER_KEY:
         k_scale = tl.load(k_scale_ptr + first * stride_ksn + column * stride_ksn, mask=seen, other=0.0)
-        t = s.to(tl.float32) * tl.minimum(q_scale[:, None] * k_scale[None, :], limit)
+        t = s.to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
     else:
-        t = s.to(tl.float32) * tl.minimum(q_scale * tl.load(k_scale_ptr), limit)[:, None]
+        t = s.to(tl.float32) * (q_scale * tl.load(k_scale_ptr))[:, None]
+    t = tl.minimum(tl.maximum(t, -limit), limit)
     mask = mask_m[:, None] & seen[None, :]
     b = t if EXACT else 0.0  # bytes add one bias after the other to the scores, codes their sum
     if bias_ptr is not None:
@@ -126,17 +128,12 @@ def _count_above(x, thresholds_ptr, L: tl.constexpr):
 
 
 @triton.jit
-def codes(t, anchor, thresholds_ptr, shift, L: tl.constexpr, LSE: tl.constexpr):
-    """k = 0 .. L of t (BLOCK_M, BLOCK_N), int32; not yet clipped to L, nor L where unseen, unless there are thresholds.
-
-    An anchor of a row that sees no key is far below zero, so every k is far beyond L.
-    """
+def codes(t, anchor, thresholds_ptr, shift, L: tl.constexpr):
+    """k = 0 .. L of t (BLOCK_M, BLOCK_N), int32; what is far beyond L is a key that is not seen."""
     if thresholds_ptr is not None:
         anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
         k = _count_above(t - anchor[:, None], thresholds_ptr, L)
         return tl.where(t == -float("inf"), L, k)
-    if not LSE:
-        return tl.maximum(rint(anchor), -65536)[:, None] - rint(t)
     anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
     return tl.maximum(rint(anchor[:, None] - t + shift), 0)
 
@@ -149,20 +146,21 @@ def _positive(x):
 
 @triton.jit
 def packed_bytes(t, top, n_keys, L: tl.constexpr, BYTE_STEP: tl.constexpr, TAIL: tl.constexpr):
-    """BYTE_STEP max(L - (top - rint t), 0) of permuted t as uint8 in the order of keys, two and four at a time.
+    """BYTE_STEP max(L - rint(top - t), 0) of permuted t as uint8 in the order of keys, two and four at a time.
 
     No bias was added, so |t| <= 16320 and 16 bits hold every difference. Where TAIL, bytes from n_keys on are zero.
     """
     M: tl.constexpr = t.shape[0]
     N: tl.constexpr = t.shape[1]
-    low_bits = (t + 12582912.0).to(tl.int32, bitcast=True)
+    low_bits = ((t - top[:, None]) + 12582912.0).to(tl.int32, bitcast=True)
     low_bits = tl.permute(tl.reshape(low_bits, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
     even, odd = tl.split(low_bits)
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
-    c = tl.broadcast_to((L - rint(top))[:, None, None], (M, N // 16, 4))
+    c = tl.full((M, N // 16, 4), L, tl.int32)
     if ASM:
-        zero = (c + 65536) >> 18  # |c| < 2^15; ptxas makes a zero that it knows anew for every pair
+        # |top| < 2^15; ptxas makes a zero that it knows anew for every pair
+        zero = tl.broadcast_to(((rint(top) + 65536) >> 18)[:, None, None], (M, N // 16, 4))
         word = tl.inline_asm_elementwise(
             """{ .reg .b32 a, b;
             prmt.b32 a, $1, $2, 0x5410;
@@ -189,12 +187,11 @@ def packed_bytes(t, top, n_keys, L: tl.constexpr, BYTE_STEP: tl.constexpr, TAIL:
 def probabilities(t, anchor, coding, code: tl.constexpr):
     """The left operand, fp8 or float16, and the values P in float32."""
     L: tl.constexpr = code[0]
-    LSE: tl.constexpr = code[1]
     BYTE_STEP: tl.constexpr = code[2]
     E4M3: tl.constexpr = code[3]
     FP8: tl.constexpr = code[4]
     values_ptr, thresholds_ptr, factor, shift, offset, _, _, _ = coding
-    k = codes(t, anchor, thresholds_ptr, shift, L, LSE)
+    k = codes(t, anchor, thresholds_ptr, shift, L)
     if BYTE_STEP:
         byte = (tl.maximum(L - k, 0) * BYTE_STEP).to(tl.uint8)
         if FP8:

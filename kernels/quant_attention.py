@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import COLUMN_UNITS, add_columns, add_tile, factor_of, first_row, keys_of, logits, row_max, share_sum
-from ._common import FLAGS, log2, rint, to_codes, vector
+from ._common import FLAGS, log2, to_codes, vector
 from ._values import ALIGNED, prepare, start_of
 
 LOG2_E = 1.44269504  # reference/scalar.py
@@ -214,8 +214,6 @@ def _quant_attention_kernel(
             D, OUT_SCALE_PER_COLUMN,
         )  # fmt: skip
     if lse_ptr is not None:
-        if not LSE and thresholds_ptr is None and values_ptr is not None:
-            anchor = tl.where(top == -float("inf"), top, rint(top).to(tl.float32))
         lse = anchor if values_ptr is None else anchor * inverse_octave * LN2
         if not LSE:
             lse += log2(tl.maximum(total * p_unit, 1e-37)) * LN2
@@ -354,7 +352,7 @@ def quant_attention(
             *k_scale.stride(), *scale.stride(), *_strides(bias, 4), *_strides(key_bias, 2), *_strides(grid_bias_h, 4),
             *_strides(grid_bias_w, 4),
             _float32(softmax_scale if bytes_ else softmax_scale * LOG2_E * octave), _float32(LOG2_E * octave),
-            float("inf") if bytes_ else _float32(LIMIT / (2**14 * D)),
+            float("inf") if bytes_ else float(LIMIT),
             float(octave), _float32(1 / octave), _float32(p_shift),
             _float32(1 / 65280 if bytes_ else p_unit), _float32(p_offset),
             N=Nk, D=D, PART=part, REST=rest, KW=1 if grid_bias_w is None else grid_bias_w.shape[3],
