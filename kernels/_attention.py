@@ -49,7 +49,7 @@ def _score_part(s, q, k_ptr, keys, seen, stride_kn, first: tl.constexpr, PART: t
 @triton.jit
 def _products(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
     """q k^T of a tile, int32; its columns, less start; which of them are keys. Offsets within a tile fit 32 bits."""
-    query, sources, strides, _, _ = scores
+    query, sources, strides, _ = scores
     column = keys_of(form[5], form[6])
     seen = column < n_keys - start if TAIL else tl.full((form[5],), True, tl.int1)
     k_ptr = sources[0] + tl.cast(start, tl.int64) * strides[0]
@@ -63,13 +63,14 @@ def _products(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
 @triton.jit
 def row_max(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
     """The largest of logits. That of the largest product where all have one positive scale: rounding is monotone."""
-    query, sources, _, limit, _ = scores
+    query, sources, _, _ = scores
     if form[8]:
         s, _, seen = _products(start, n_keys, scores, form, TAIL)
         if TAIL:
             s = tl.where(seen[None, :], s, -(2**30))
         top = tl.max(s, axis=1).to(tl.float32) * (query[2] * tl.load(sources[1]))
-        top = tl.minimum(tl.maximum(top, -limit), limit)
+        if not form[7]:
+            top = tl.minimum(tl.maximum(top, -LIMIT), LIMIT)
     else:
         top = tl.max(logits(start, n_keys, scores, form, TAIL), axis=1)
     return top
@@ -78,7 +79,7 @@ def row_max(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
 @triton.jit
 def logits(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
     """t (BLOCK_M, BLOCK_N) of the reference, -inf where a key is not seen; TAIL: some are not keys at all."""
-    query, sources, strides, limit, bias_unit = scores
+    query, sources, strides, bias_unit = scores
     _, _, q_scale, rows, mask_m = query
     _, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr = sources
     _, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk = strides
@@ -92,7 +93,8 @@ def logits(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
         t = s.to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
     else:
         t = s.to(tl.float32) * (q_scale * tl.load(k_scale_ptr))[:, None]
-    t = tl.minimum(tl.maximum(t, -limit), limit)
+    if not EXACT:
+        t = tl.minimum(tl.maximum(t, -LIMIT), LIMIT)
     mask = mask_m[:, None] & seen[None, :]
     b = t if EXACT else 0.0  # bytes add one bias after the other to the scores, codes their sum
     if bias_ptr is not None:

@@ -27,7 +27,6 @@ from ._common import FLAGS, log2, to_codes, vector
 from ._values import ALIGNED, prepare, start_of
 
 LOG2_E = 1.44269504  # reference/scalar.py
-LIMIT = 16320  # reference/quant_attention.py
 SHARE = tl.constexpr(1.5318628356908448e-05)  # float32 of 1 / 65280
 LN2 = tl.constexpr(0.693147180559945)
 
@@ -71,7 +70,7 @@ def _quant_attention_kernel(
     stride_qsb, stride_qsh, stride_qsm, stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_kbb, stride_kbn,
     stride_ghb, stride_ghh, stride_ghm, stride_ghk, stride_gwb, stride_gwh, stride_gwm, stride_gwk,
-    score_unit, bias_unit, limit, octave, inverse_octave, shift, p_unit, offset,
+    score_unit, bias_unit, octave, inverse_octave, shift, p_unit, offset,
     N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, KW: tl.constexpr,
     L: tl.constexpr, LSE: tl.constexpr, BYTE_STEP: tl.constexpr, E4M3: tl.constexpr, FP8: tl.constexpr,
     NORMALIZE: tl.constexpr, PLANES: tl.constexpr, K_SCALE_PER_KEY: tl.constexpr,
@@ -126,11 +125,11 @@ def _quant_attention_kernel(
         stride_kn, stride_ksn, stride_bm, stride_bn, stride_kbn, stride_ghm, stride_ghk, stride_gwm, stride_gwk,
     )  # fmt: skip
     scores = (
-        query, (k_ptr, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr), strides, limit, bias_unit,
+        query, (k_ptr, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr), strides, bias_unit,
     )  # fmt: skip
     k_again = k_ptr + (Nq >> 31)  # k_ptr, but the compiler does not know, and keeps no scores from one pass to another
     again = (
-        query, (k_again, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr), strides, limit, bias_unit,
+        query, (k_again, k_scale_ptr, bias_ptr, key_bias_ptr, grid_h_ptr, grid_w_ptr), strides, bias_unit,
     )  # fmt: skip
     values = (v_ptr, stride_vp, stride_vd)
     BIASED: tl.constexpr = bias_ptr is not None or grid_h_ptr is not None or key_bias_ptr is not None
@@ -352,7 +351,6 @@ def quant_attention(
             *k_scale.stride(), *scale.stride(), *_strides(bias, 4), *_strides(key_bias, 2), *_strides(grid_bias_h, 4),
             *_strides(grid_bias_w, 4),
             _float32(softmax_scale if bytes_ else softmax_scale * LOG2_E * octave), _float32(LOG2_E * octave),
-            float("inf") if bytes_ else float(LIMIT),
             float(octave), _float32(1 / octave), _float32(p_shift),
             _float32(1 / 65280 if bytes_ else p_unit), _float32(p_offset),
             N=Nk, D=D, PART=part, REST=rest, KW=1 if grid_bias_w is None else grid_bias_w.shape[3],
