@@ -15,6 +15,7 @@ from ._packed import ASM
 from ._values import ALIGNED
 
 LIMIT = tl.constexpr(16320.0)  # reference/quant_attention.py
+FAR = tl.constexpr(30000.0)  # steps; further than there are codes, and no more than 16 bits hold
 FULL = tl.constexpr(65280.0)
 COLUMN_UNITS = tl.constexpr(2.0**40)  # of column sums: integers, whose order of addition does not matter
 
@@ -69,8 +70,6 @@ def row_max(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
         if TAIL:
             s = tl.where(seen[None, :], s, -(2**30))
         top = tl.max(s, axis=1).to(tl.float32) * (query[2] * tl.load(sources[1]))
-        if not form[7]:
-            top = tl.minimum(tl.maximum(top, -LIMIT), LIMIT)
     else:
         top = tl.max(logits(start, n_keys, scores, form, TAIL), axis=1)
     return top
@@ -93,8 +92,6 @@ def logits(start, n_keys, scores, form: tl.constexpr, TAIL: tl.constexpr):
         t = s.to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
     else:
         t = s.to(tl.float32) * (q_scale * tl.load(k_scale_ptr))[:, None]
-    if not EXACT:
-        t = tl.minimum(tl.maximum(t, -LIMIT), LIMIT)
     mask = mask_m[:, None] & seen[None, :]
     b = t if EXACT else 0.0  # bytes add one bias after the other to the scores, codes their sum
     if bias_ptr is not None:
@@ -137,7 +134,7 @@ def codes(t, anchor, thresholds_ptr, shift, L: tl.constexpr):
         k = _count_above(t - anchor[:, None], thresholds_ptr, L)
         return tl.where(t == -float("inf"), L, k)
     anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
-    return tl.maximum(rint(anchor[:, None] - t + shift), 0)
+    return rint(tl.minimum(tl.maximum(anchor[:, None] - t + shift, 0.0), FAR))
 
 
 @triton.jit
@@ -147,22 +144,26 @@ def _positive(x):
 
 
 @triton.jit
-def packed_bytes(t, top, n_keys, L: tl.constexpr, BYTE_STEP: tl.constexpr, TAIL: tl.constexpr):
+def packed_bytes(t, top, in_reach, n_keys, L: tl.constexpr, BYTE_STEP: tl.constexpr, TAIL: tl.constexpr):
     """BYTE_STEP max(L - rint(top - t), 0) of permuted t as uint8 in the order of keys, two and four at a time.
 
-    No bias was added, so |t| <= 16320 and 16 bits hold every difference. Where TAIL, bytes from n_keys on are zero.
+    16 bits hold every difference, if they are within reach or made to be. Where TAIL, bytes from n_keys on are zero.
     """
     M: tl.constexpr = t.shape[0]
     N: tl.constexpr = t.shape[1]
-    low_bits = ((t - top[:, None]) + 12582912.0).to(tl.int32, bitcast=True)
+    distance = t - top[:, None]
+    if not in_reach:
+        distance = tl.maximum(distance, -FAR)
+    low_bits = (distance + 12582912.0).to(tl.int32, bitcast=True)
     low_bits = tl.permute(tl.reshape(low_bits, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
     even, odd = tl.split(low_bits)
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     c = tl.full((M, N // 16, 4), L, tl.int32)
     if ASM:
-        # |top| < 2^15; ptxas makes a zero that it knows anew for every pair
-        zero = tl.broadcast_to(((rint(top) + 65536) >> 18)[:, None, None], (M, N // 16, 4))
+        # ptxas makes a zero that it knows anew for every pair.
+        zero = (rint(tl.minimum(tl.maximum(top, -FAR), FAR)) + 65536) >> 18
+        zero = tl.broadcast_to(zero[:, None, None], (M, N // 16, 4))
         word = tl.inline_asm_elementwise(
             """{ .reg .b32 a, b;
             prmt.b32 a, $1, $2, 0x5410;
@@ -192,7 +193,7 @@ def probabilities(t, anchor, coding, code: tl.constexpr):
     BYTE_STEP: tl.constexpr = code[2]
     E4M3: tl.constexpr = code[3]
     FP8: tl.constexpr = code[4]
-    values_ptr, thresholds_ptr, factor, shift, offset, _, _, _ = coding
+    values_ptr, thresholds_ptr, factor, shift, offset, _, _, _, _ = coding
     k = codes(t, anchor, thresholds_ptr, shift, L)
     if BYTE_STEP:
         byte = (tl.maximum(L - k, 0) * BYTE_STEP).to(tl.uint8)
@@ -326,7 +327,7 @@ def _add_codes(
     REST: tl.constexpr = form[2]
     total, acc, acc_rest, carry = sums
     if code[7]:
-        p = packed_bytes(t, anchor, n_keys - start, code[0], code[2], TAIL)
+        p = packed_bytes(t, anchor, coding[8], n_keys - start, code[0], code[2], TAIL)
         p = p.to(tl.float8e4nv if code[3] else tl.float8e5, bitcast=True)
     else:
         p, value = probabilities(t, anchor, coding, code)

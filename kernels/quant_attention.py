@@ -22,7 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import COLUMN_UNITS, add_columns, add_tile, factor_of, first_row, keys_of, logits, row_max, share_sum
+from ._attention import (
+    COLUMN_UNITS,
+    FAR,
+    add_columns,
+    add_tile,
+    factor_of,
+    first_row,
+    keys_of,
+    logits,
+    row_max,
+    share_sum,
+)
 from ._common import FLAGS, log2, to_codes, vector
 from ._values import ALIGNED, prepare, start_of
 
@@ -147,7 +158,10 @@ def _quant_attention_kernel(
         for start in range(0, n_keys, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             v_scale = tl.maximum(v_scale, tl.max(tl.load(key_scale_ptr + keys, mask=keys < n_keys, other=0.0)))
-    coding = (values_ptr, thresholds_ptr, factor, shift, offset, inverse_octave, key_scale_ptr, v_scale)
+    in_reach = False
+    if FAST and not K_SCALE_PER_KEY:  # of two products, each up to 2^14 D times one scale
+        in_reach = tl.max(query[2], axis=0) * tl.load(k_scale_ptr) * (2.0**15 * D) < FAR
+    coding = (values_ptr, thresholds_ptr, factor, shift, offset, inverse_octave, key_scale_ptr, v_scale, in_reach)
     # Whole tiles, then one that is not: which of its columns are keys is known when it compiles, unless it is read.
     ONE: tl.constexpr = N <= BLOCK_N and not PACKED
     WHOLE: tl.constexpr = 0 if ONE else N // BLOCK_N * BLOCK_N

@@ -41,7 +41,7 @@ struct Work {
   int64_t key_tiles, padded_keys, padded_d, d_tiles, key_groups, q_groups, q_stride, k_tile, v_tile, p_stride;  // strides in bytes
   bool floats;  // P and V are floats
   bool v_scale_in_v, weighted;  // a scale per key: contained in the floats, or in the bytes of P relative to the largest
-  float v_scale, k_scale_max;
+  float v_scale;
   // Rewritten queries; K as weight tiles of 16 keys; V as tiles of 16 channels, 4 keys a group (int16: 2, float: 1); P,
   // and its second byte; codes.
   uint8_t *q, *k, *v, *p, *p_high, *codes;
@@ -86,11 +86,9 @@ INLINE void pack_head(const Attention& a, const Head& head, Work& s) {
     const float scale = head.v_scale[n * head.v_scale_stride];
     s.v_scale = scale > s.v_scale ? scale : s.v_scale;
   }
-  s.k_scale_max = 0;
   for (int n = 0; n < kTiles * kTile; ++n) s.ones[n] = 1;
   for (int64_t n = 0; n < s.padded_keys; ++n) {
     const float scale = n < head.Nk ? head.k_scale[n * head.k_scale_stride] : 0.f;
-    s.k_scale_max = scale > s.k_scale_max ? scale : s.k_scale_max;
     s.k_scale[n] = scale;
     s.v_ratio[n] = s.weighted && n < head.Nk ? head.v_scale[n * head.v_scale_stride] / (s.v_scale > 1e-30f ? s.v_scale : 1e-30f) : 1.f;
   }
@@ -115,17 +113,14 @@ INLINE void add_biases(const Attention& a, const Head& head, int64_t i, float* o
   if (head.key_bias) add([p = head.key_bias, stride = a.key_bias_stride[1]](int64_t j) { return p[j * stride]; });
 }
 
-// Scores of rows whose tiles did not finish them: beyond their limit, with biases in steps, or of keys that are not seen.
-INLINE void finish_scores(const Attention& a, const Head& head, const Work& s, int64_t i, int rows, bool limited) {
+// Biases in steps, added to the scores of rows; keys that are not seen.
+INLINE void add_biases_in_steps(const Attention& a, const Head& head, const Work& s, int64_t i, int rows) {
   const float steps = a.softmax.bias_scale;
-  const auto clip = [](float y) { const float up = y < -kLimit ? -kLimit : y; return up > kLimit ? kLimit : up; };
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; head.biased() && r < rows; ++r) {
     float* x = s.scores + r * s.padded_keys;
-    for (int64_t j = 0; limited && j < head.Nk; ++j) x[j] = clip(x[j]);
-    if (!head.biased()) continue;
     add_biases(a, head, i + r, s.row, true);
     for (int64_t j = 0; j < head.Nk; ++j) {
-      const float y = x[j] + clip(s.row[j] * steps);
+      const float b = s.row[j] * steps, up = b < -kLimit ? -kLimit : b, y = x[j] + (up > kLimit ? kLimit : up);
       x[j] = s.row[j] == -__builtin_inff() ? kUnseen : y;
     }
   }
@@ -135,11 +130,9 @@ INLINE void finish_scores(const Attention& a, const Head& head, const Work& s, i
 INLINE void score_rows(const Attention& a, const Head& head, const Work& s, int64_t i, int rows) {
   const Softmax& f = a.softmax;
   float row_scale[kRows];
-  bool limited = false;
   for (int r = 0; r < rows; ++r) {
     rewrite_row(head.q + (i + r) * head.q_stride, s.q + r * s.q_stride, head.D, s.padded_d);
     row_scale[r] = head.q_scale[(i + r) * head.q_scale_stride] * (f.coded ? f.score_scale : a.softmax_scale);
-    limited = limited || !(row_scale[r] * s.k_scale_max <= safe_scale(head.D));
   }
   Tile t = {};
   t.a = s.q, t.a_stride = s.q_stride, t.b_stride = s.k_tile, t.groups = s.q_groups, t.next = s.v;
@@ -150,7 +143,7 @@ INLINE void score_rows(const Attention& a, const Head& head, const Work& s, int6
     pick<CodeDot>(s.key_tiles - n < kTiles ? 1 : kTiles, rows, false)(t);
   }
   if (f.coded) {
-    finish_scores(a, head, s, i, rows, limited);
+    add_biases_in_steps(a, head, s, i, rows);
   } else {
     for (int r = 0; head.biased() && r < rows; ++r) add_biases(a, head, i + r, s.scores + r * s.padded_keys, false);
   }

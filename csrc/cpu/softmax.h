@@ -1,15 +1,13 @@
 // From a row of scores in steps to codes, and to what the codes stand for; reference/quant_attention.py has the formulas.
 //
-// A row is padded to 64 keys. Its padding and the keys that are not seen have the score kUnseen, which lies below every
-// other by more than there are codes. The code of a key is c = L - k: 0 is the exact zero, L the largest value.
-constexpr float kUnseen = -32768.f, kLimit = 16320.f;
+// A row is padded to 64 keys. Its padding and the keys that are not seen have the score kUnseen. The code of a key is
+// c = L - k: 0 is the exact zero, L the largest value.
+constexpr float kUnseen = -1e30f, kLimit = 16320.f, kFar = -30000.f;  // kFar: further below than there are codes
 constexpr float kLog2E = 1.44269504f;
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef typename std::conditional<kVnni, Dot8, Dot16>::type CodeDot;  // multiplies int8 operands,
 typedef typename std::conditional<kVnni, uint8_t, int16_t>::type Byte;  // of which the first is held as these
 
-// Up to this scale no score of int8 codes reaches the limit.
-INLINE float safe_scale(int64_t D) { return kLimit / (16385.f * D); }
 
 INLINE float row_maximum(const float* x, int64_t padded) {
   vf peak = load<vf>(x);
@@ -45,7 +43,7 @@ INLINE void codes_below_maximum(const float* x, uint8_t* codes, int64_t padded, 
   const __m512i counts = _mm512_set1_epi16((int16_t)count);
   for (int64_t j = 0; j < padded; j += 64) _mm512_storeu_si512(codes + j, codes_of_64(x + j, _mm512_set1_ps(top), counts));
 #else
-  for (int64_t j = 0; j < padded; j += 16) store_codes(codes + j, to_int(load<vf>(x + j) - top) + count, count);
+  for (int64_t j = 0; j < padded; j += 16) store_codes(codes + j, to_int(vmax(load<vf>(x + j) - top, kFar)) + count, count);
 #endif
 }
 
@@ -53,7 +51,7 @@ INLINE void codes_below_maximum(const float* x, uint8_t* codes, int64_t padded, 
 INLINE void codes_below_sum(const float* x, uint8_t* codes, int64_t padded, float lse, float shift, int32_t count) {
   for (int64_t j = 0; j < padded; j += 16) {
     const vf d = lse - load<vf>(x + j) + shift;
-    store_codes(codes + j, count - to_int(d), count);
+    store_codes(codes + j, count - to_int(vmin(vmax(d, kFar), -kFar)), count);
   }
 }
 

@@ -3,7 +3,7 @@
 With p_values, in steps of which an octave has p_steps (1 when there are thresholds):
 
     a = (q_scale C) k_scale,  C = softmax_scale log2(e) steps
-    t = clip((q k^T) a, -16320, 16320) + clip(b log2(e) steps, -16320, 16320)              q k^T exact, then float32
+    t = (q k^T) a + clip(b log2(e) steps, -16320, 16320)                                   q k^T exact, then float32
     b = bias + (grid_bias_h + grid_bias_w) + key_bias, those there are, in this order
     lse = max t + steps log2(sum_j e_j / 65280),  e_j = rint(65280 2^((t_j - max t) / steps))
     k = rint(anchor - t + p_shift)         anchor is max t, where p_shift is 0, or lse
@@ -41,7 +41,7 @@ from pyvit_accel.formats import affine
 from .scalar import LOG2_E, exp2, log2
 
 STEP = 16  # keys between the one that drops a remainder and the one that takes it: the lanes of a vector
-LIMIT = 16320  # of |t|, twice: integers of 16 bits remain, and -32768 for a key that is not seen
+LIMIT = 16320  # of biases in steps: a finite one hides no key, however large, if all have it
 FULL = 65280  # the 16-bit code of p = 1
 LN2 = 0.693147180559945
 
@@ -125,7 +125,7 @@ def _attention(
         p_thresholds, p_steps = form[:2]
         octave = p_steps if p_thresholds is None else 1.0
         c = torch.tensor(softmax_scale * LOG2_E * octave, dtype=torch.float32)
-        t = (s * ((q_scale * c)[..., None] * k_scale[:, :, None])).clamp(-LIMIT, LIMIT)
+        t = s * ((q_scale * c)[..., None] * k_scale[:, :, None])
         if biases:
             offset = biases[0]
             for bias in biases[1:]:
