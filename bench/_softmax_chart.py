@@ -9,7 +9,7 @@ from pyvit_accel.output import GREY, PALETTE, require
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "p", "<")
 ANCHORS = {  # the line, and the filling of the marker
-    "max": ("-", "full"), "max, not rounded": ("-.", "top"), "lse": ("--", "none"), "lse, divided": (":", "left"),
+    "max": ("-", "full"), "max, both rounded": ("-.", "top"), "lse": ("--", "none"), "lse, divided": (":", "left"),
 }  # fmt: skip
 COLOURS = (*PALETTE, GREY, "#222222", "#a05a2c", "#2c7f7f", "#c23b3b")
 

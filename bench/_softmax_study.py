@@ -59,8 +59,8 @@ class Variant:
     """One row of the study.
 
     format  of P from a block's sample; gives None for the diffused bytes that quant_attention has without a format
-    top     "step": scores and their maximum each rounded, as the op does it; "exact": their difference; "octave": the
-            maximum rounded up to a whole octave
+    top     "exact": the distance of a score to the maximum is rounded, as the op does it; "step": both are, and then
+            subtracted; "octave": the maximum up to a whole octave
     qk      int8 scales of q and k, "tensor" | "head" | "token", or "": float32
     centre  subtract from k its mean over the tokens, which no softmax notices
     v       "int8" | "e4m3" | "int4", a scale per head, or "": float32
@@ -71,7 +71,7 @@ class Variant:
     family: str
     anchor: str
     format: Callable[[Sample], SoftmaxFormat | None]
-    top: str = "step"
+    top: str = "exact"
     qk: str = ""
     centre: bool = False
     v: str = ""
@@ -86,7 +86,7 @@ def softmax(s: Tensor) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-def probabilities(s: Tensor, form: SoftmaxFormat | None, top: str = "step") -> Tensor:
+def probabilities(s: Tensor, form: SoftmaxFormat | None, top: str = "exact") -> Tensor:
     """P of scores s in octaves; rows of a form that normalizes are divided by the sum of their values."""
     m = s.amax(-1, keepdim=True)
     if form is None:
