@@ -7,6 +7,7 @@ import torch
 from _problems import assert_same_bits, block, reference
 
 from pyvit_accel import ops
+from pyvit_accel.formats.softmax import linear_mantissa, log2
 
 # B, N, C, H, hidden: tails everywhere; few rows, which divides the matmuls; many, which makes panels and image groups
 SHAPES = [(1, 1, 16, 1, 16), (2, 5, 36, 3, 50), (1, 17, 72, 2, 130), (3, 70, 32, 2, 64), (9, 50, 48, 3, 100)]
@@ -38,6 +39,17 @@ def test_bits(kernel, shape, w_bits, x_bits, head_bits, static):
     if static:
         args["fc2_x_zero_point"] = -(2 ** (x_bits - 1)) + 1
     assert_same_bits(kernel(ops.quant_block, **args), reference(ops.quant_block, **args))
+
+
+@pytest.mark.parametrize("softmax", [linear_mantissa(3), log2(3)], ids=lambda softmax: softmax.name)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_softmax_formats(kernel, threads, shape, softmax):
+    """With static scales: of v at run time the products are sums of floats."""
+    args = block(*shape, static=True, softmax=softmax)
+    y = kernel(ops.quant_block, **args)
+    assert_same_bits(y, reference(ops.quant_block, **args))
+    bytes_ = args | {"p_values": None, "p_steps": 0.0, "p_operand": ""}
+    assert shape[1] == 1 or not torch.equal(y, kernel(ops.quant_block, **bytes_))
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "quick_gelu"])

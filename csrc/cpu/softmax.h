@@ -8,7 +8,6 @@ typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef typename std::conditional<kVnni, Dot8, Dot16>::type CodeDot;  // multiplies int8 operands,
 typedef typename std::conditional<kVnni, uint8_t, int16_t>::type Byte;  // of which the first is held as these
 
-
 INLINE float row_maximum(const float* x, int64_t padded) {
   vf peak = load<vf>(x);
   for (int64_t j = 16; j < padded; j += 16) peak = vmax(load<vf>(x + j), peak);

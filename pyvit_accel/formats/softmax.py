@@ -25,7 +25,6 @@ from .codebook import Codebook
 
 ANCHORS = ("max", "lse")
 MAX_CODES = 255  # that are not zero: a code is a byte
-MAX_STEP_CODES = 128  # 16-bit scores keep so much below what they can reach for keys that are not seen
 _STEPS = {"log2": lambda p: 1.0, "log_sqrt2": lambda p: 2.0, "adalog": lambda p: p["r"] / p["q"]}
 # mantissa bits -> the fp8 type and its largest byte, chosen so that values are integers up to 2^15 of its smallest
 _FP8 = {1: ("e5m2", 60), 2: ("e5m2", 56), 3: ("e4m3", 104)}
@@ -45,7 +44,7 @@ class SoftmaxFormat:
     operand      "e5m2" | "e4m3": byte(k) = byte_step (L - k) is the value; "fp16": values are looked up
     normalize    divide each row by the sum of its values
 
-    Raises ValueError for an unknown anchor, and for more than 255 values, or 128 in steps.
+    Raises ValueError for an unknown anchor, and for more than 255 values.
     """
 
     name: str
@@ -62,9 +61,8 @@ class SoftmaxFormat:
     def __post_init__(self) -> None:
         if self.anchor not in ANCHORS:
             raise ValueError(f"{self.name}: anchor {self.anchor!r} is not one of {', '.join(ANCHORS)}")
-        most = MAX_CODES if self.thresholds is not None else MAX_STEP_CODES
-        if self.values.numel() > most:
-            raise ValueError(f"{self.name}: {self.values.numel()} values that are not zero; there can be {most}")
+        if self.values.numel() > MAX_CODES:
+            raise ValueError(f"{self.name}: {self.values.numel()} values that are not zero; there can be {MAX_CODES}")
 
     @property
     def label(self) -> str:
