@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import log
 
 import torch
-import torch.nn.functional as F
 from _problems import U32
 from torch import Tensor
 
@@ -87,21 +86,7 @@ def exact(
 
 def _weights(form: SoftmaxFormat, s: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     """Between what the weight of a key lies, up to a factor of the row where rows are divided by their sum."""
-    top = s.amax(dim=-1, keepdim=True)
-    e_top = e.amax(dim=-1, keepdim=True)
-    if form.thresholds is None and form.anchor == "max":
-        # code = rint(max t) - rint(t), t = steps s / ln 2, is within one of the distance to the top; and rint(t) half a
-        # step off, while rint(max t) is of the whole row. ratio: of the value of a code to the power of two it is for.
-        L = form.values.numel()
-        k = torch.arange(L)
-        ratio = F.pad(form.dequantize(k) / form.dequantize(k[:1]) * torch.exp2(k / form.steps), (0, 1))
-        far, half = (top - s) / LN2 * form.steps, 0.5 / form.steps * LN2
-        slack = (e + e_top) / LN2 * form.steps
-        codes = (t.clamp(0, L).long() for t in ((far - slack).floor(), far.round(), (far + slack).ceil()))
-        ratios = torch.stack([ratio[c] for c in codes])
-        p = (s - top).exp()
-        return p * (-half - e).exp() * ratios.amin(dim=0), p * (half + e).exp() * ratios.amax(dim=0)
-    anchor = top
+    anchor, e_top = s.amax(dim=-1, keepdim=True), e.amax(dim=-1, keepdim=True)
     if form.anchor == "lse":  # its sum is of 16-bit codes
         anchor = s.logsumexp(dim=-1, keepdim=True)
         e_top = e_top + s.shape[-1] * 0.5 / 65280 + 1e-6

@@ -189,8 +189,8 @@ def exp_free_attention(
     returns     (..., H, Nq, Dv), the dtype of query, a view of (..., Nq, H, Dv): the transposition before a projection
                 copies nothing
 
-    With 3, 2, 1, 0 bits of linear mantissa the result is off by 0.017, 0.024, 0.041, 0.078 of its size in DeiT-Ti and
-    by 0.036, 0.056, 0.10, 0.19 of normal random q, k and v (197 tokens, D = 64).
+    With 3, 2, 1, 0 bits of linear mantissa the result is off by 0.033, 0.050, 0.089, 0.17 of its size for normal random
+    q, k and v (197 tokens, D = 64).
 
     A query that sees no key gives zeros, where float attention gives NaN. The padding of masked keys enters the mean
     that k is relieved of and the scales of v: keep it no larger than the rest.
