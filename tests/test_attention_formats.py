@@ -136,7 +136,7 @@ def test_identity_values_give_the_levels(kernel, name, Nk):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("Nk", KEYS)
+@pytest.mark.parametrize("Nk", [197, *KEYS[-2:]])
 def test_columns_of_one_query_are_its_probabilities(kernel, name, Nk):
     args = identity_problem(Nk)
     p = replace(form(name), normalize=False, unit=1.0)
