@@ -40,15 +40,14 @@ MEMORY = """
 import torch
 from pyvit_accel import ops
 from pyvit_accel.formats import softmax
+from pyvit_accel.measure import peak_mib
 torch.set_num_threads(1)
-def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 q, k, v = torch.randint(-127, 128, (3, 1, 2, {tokens}, 64), dtype=torch.int8)
 one, form = torch.ones(1) * 0.01, softmax.linear_mantissa(3)
 ops.quant_attention(q[:, :, :20], k[:, :, :20], v[:, :, :20], one, one, one, 0.1, softmax=form)
-before = peak()
+before = peak_mib()
 ops.quant_attention(q, k, v, one, one, one, 0.1, softmax=form)
-print(peak() - before)
+print(round(1024 * (peak_mib() - before)))
 """
 
 

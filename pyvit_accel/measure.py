@@ -146,14 +146,15 @@ def peak_memory(name: str, batch: int, saved: Path | None = None) -> Peak:
 def _report_peak() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
-    imports = _peak_mib()
+    imports = peak_mib()
     model = load(request["saved"]) if request["saved"] else build_model(request["name"])
     with torch.inference_mode():
         model(random_images(model, request["batch"]))
-    print(json.dumps({"imports": imports, "total": _peak_mib()}))
+    print(json.dumps({"imports": imports, "total": peak_mib()}))
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
+    """The most memory this process has held so far."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux: ru_maxrss would count the parent's memory too, it survives exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -29,10 +29,10 @@ from pyvit_accel.convert import Layer, Recipe, Replacement, Rule
 from pyvit_accel.formats.codebook import Codebook
 from pyvit_accel.formats.fp8 import fp8
 from pyvit_accel.formats.pow2 import ps_weight
-from pyvit_accel.formats.softmax import SoftmaxFormat, linear_mantissa
+from pyvit_accel.formats.softmax import DEFAULT_SOFTMAX, SoftmaxFormat
 from pyvit_accel.formats.twin import uniform
 from pyvit_accel.modules import CodebookLinear, ExpFreeSelfAttention, QuantPatchEmbed, WeightOnlyLinear, build
-from pyvit_accel.modules.build import LINEAR_MANTISSA, Scheme
+from pyvit_accel.modules.build import Scheme
 from pyvit_accel.modules.quant_linear import PackedWeight
 from pyvit_accel.planning import Calibration, Reconstruction
 
@@ -116,7 +116,7 @@ def integer(
     observer: str = "minmax",
     granularity: str = "token",
     bias_correction: bool = True,
-    softmax: SoftmaxFormat | None = LINEAR_MANTISSA,
+    softmax: SoftmaxFormat | None = DEFAULT_SOFTMAX,
     search: bool | None = None,
     reconstruction: Reconstruction | None = None,
 ) -> Recipe:
@@ -171,6 +171,6 @@ W8A8_DYNAMIC = _integer("W8A8_DYNAMIC", Scheme(), needs_calibration=False)
 W8A16, W4A16 = weight_only(8), weight_only(4, group_size=64)
 FP8 = codebook("FP8", fp8("e4m3"), fp8("e4m3"))
 POW2 = codebook("POW2", ps_weight(bits=4), uniform(8, 1.0, zero_point=128))
-EXP_FREE_ATTENTION = exp_free_attention("EXP_FREE_ATTENTION", linear_mantissa(3))
+EXP_FREE_ATTENTION = exp_free_attention("EXP_FREE_ATTENTION", DEFAULT_SOFTMAX)
 _ALL = (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16, FP8, POW2, EXP_FREE_ATTENTION)
 RECIPES = {recipe.name: recipe for recipe in _ALL}

@@ -88,8 +88,7 @@ INLINE void pack_head(const Attention& a, const Head& head, Work& s) {
   }
   for (int n = 0; n < kTiles * kTile; ++n) s.ones[n] = 1;
   for (int64_t n = 0; n < s.padded_keys; ++n) {
-    const float scale = n < head.Nk ? head.k_scale[n * head.k_scale_stride] : 0.f;
-    s.k_scale[n] = scale;
+    s.k_scale[n] = n < head.Nk ? head.k_scale[n * head.k_scale_stride] : 0.f;
     s.v_ratio[n] = s.weighted && n < head.Nk ? head.v_scale[n * head.v_scale_stride] / (s.v_scale > 1e-30f ? s.v_scale : 1e-30f) : 1.f;
   }
 }

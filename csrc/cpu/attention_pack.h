@@ -91,7 +91,6 @@ INLINE void pack_values(const Head& a, const Work& s) {
 }
 #endif
 
-
 // V as floats: 16 channels x 1 key, times the key's scale where keys have their own.
 INLINE void pack_float_values(const Head& a, const Work& s) {
   for (int64_t d = 0; d < a.D; d += kTile) {

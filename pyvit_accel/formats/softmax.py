@@ -220,3 +220,6 @@ def _of(name: str, anchor: str, levels: Tensor, factor: float = 1.0, offset: flo
     n = 15 - math.ceil(math.log2(levels.max().item()))
     values = (levels * 2.0**n).float()
     return SoftmaxFormat(name, anchor, values, unit=factor * 2.0**-n, offset=offset * 2.0**n, **rest)
+
+
+DEFAULT_SOFTMAX = linear_mantissa(3)  # near lossless for any model, and without an exponential

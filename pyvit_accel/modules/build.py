@@ -21,7 +21,7 @@ from pyvit_accel import calibrate
 from pyvit_accel.calibrate import Activation, BlockPlan, LinearPlan, Observed
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import packed
-from pyvit_accel.formats.softmax import SoftmaxFormat, linear_mantissa
+from pyvit_accel.formats.softmax import DEFAULT_SOFTMAX, SoftmaxFormat
 
 from .parts import AttentionParts, BlockParts, MlpParts
 from .position import Position
@@ -33,7 +33,6 @@ from .quant_mlp import QuantMlp
 GELU_MINIMUM = -0.1701  # just below the smallest value of any GELU: -0.16997 exact, -0.17004 tanh, -0.1636 quick
 # Of range_fold below 8 bits: with 4-bit inputs of fc1 the logit error is 7 % (DeiT-Ti), 4 % (ViT-Ti) below that of 0.5.
 LOW_BIT_FOLD = 0.75
-LINEAR_MANTISSA = linear_mantissa(3)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Scheme:
     observer: str = "minmax"
     granularity: str = "token"
     bias_correction: bool = True
-    softmax: SoftmaxFormat | None = LINEAR_MANTISSA
+    softmax: SoftmaxFormat | None = DEFAULT_SOFTMAX
 
     def __post_init__(self) -> None:
         for name, choices in (("observer", ("minmax", "percentile", "mse")), ("granularity", ("token", "tensor"))):

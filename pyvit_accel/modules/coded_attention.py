@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyvit_accel import ops
 from pyvit_accel.errors import Unsupported
@@ -16,18 +16,19 @@ from pyvit_accel.formats.softmax import SoftmaxFormat, from_description, of_code
 
 from .gradient import refuse_gradient
 from .quant_linear import QuantLinear
+from .softmax_holder import SoftmaxHolder
 
 
-class CodedAttention(nn.Module):
+class CodedAttention(SoftmaxHolder):
     """softmax(q k^T scale) v, projected; x (B, N, C) float in and out.
 
     head_scale, head_zero_point  (3, H, 1)  of the codes of q, k and v; head_bits (3,) theirs
     softmax                                 the format of the probabilities, anchored at the log-sum-exp
     factors  (3,)  multiplied is (code - zero_point) factor, an int8; 0: code - zero_point is none, at 8 bits
 
-    Those of q and k are the largest powers of two: the kernel limits score scales as if int8 were filled. Where one is
-    0, the zero point of k adds the same to all scores of a query, which a softmax does not see; that of q adds
-    -zero_point sum_d k to the scores of a key, as a bias; v is float16, which holds the difference.
+    Those of q and k are the largest powers of two, which their scales undo exactly. Where one is 0, the zero point of k
+    adds the same to all scores of a query, which a softmax does not see; that of q adds -zero_point sum_d k to the
+    scores of a key, as a bias; v is float16, which holds the difference.
     """
 
     def __init__(
@@ -70,11 +71,6 @@ class CodedAttention(nn.Module):
         new.head_scale = torch.stack([s.float().expand(num_heads) for s, _, _ in heads])[..., None]
         new.head_zero_point = torch.stack([z.float().expand(num_heads) for _, z, _ in heads])[..., None]
         return new.to(qkv.w_packed.device)
-
-    def _apply(self, fn, recurse: bool = True) -> CodedAttention:
-        # No buffer: half() would round its thresholds.
-        self.softmax = self.softmax.to(fn(torch.empty_like(self.softmax.values)).device)
-        return super()._apply(fn, recurse)
 
     def _codes(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, 3 C) to what is multiplied of q, k, v, (B, H, N, D)."""

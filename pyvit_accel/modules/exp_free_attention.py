@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from pyvit_accel import ops
 from pyvit_accel.formats import affine
-from pyvit_accel.formats.softmax import SoftmaxFormat, from_description, linear_mantissa
+from pyvit_accel.formats.softmax import DEFAULT_SOFTMAX, SoftmaxFormat, from_description
 
 from .parts import AttentionParts
 from .position import Position
 from .quant_attention import NORMS
+from .softmax_holder import SoftmaxHolder
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEFAULT = linear_mantissa(3)
 
 
 class _Operands(NamedTuple):
@@ -172,7 +172,7 @@ def exp_free_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    softmax: SoftmaxFormat = DEFAULT,
+    softmax: SoftmaxFormat = DEFAULT_SOFTMAX,
     grid_bias: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """F.scaled_dot_product_attention(query, key, value, ...), its arguments and meaning.
@@ -258,17 +258,12 @@ def _additive(mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
 
 
-class ExpFreeAttention(nn.Module):
+class ExpFreeAttention(SoftmaxHolder):
     """exp_free_attention with its format: called as F.scaled_dot_product_attention is, and moved as modules are."""
 
-    def __init__(self, softmax: SoftmaxFormat = DEFAULT) -> None:
+    def __init__(self, softmax: SoftmaxFormat = DEFAULT_SOFTMAX) -> None:
         super().__init__()
         self.softmax = softmax
-
-    def _apply(self, fn, recurse: bool = True) -> ExpFreeAttention:
-        # The format follows to another device. It is not a buffer, since half() would round its thresholds.
-        self.softmax = self.softmax.to(fn(torch.empty_like(self.softmax.values)).device)
-        return super()._apply(fn, recurse)
 
     def forward(
         self,
@@ -307,7 +302,7 @@ class ExpFreeSelfAttention(nn.Module):
     names are those of timm, where the projection is a fused one: state dicts fit each other.
     """
 
-    def __init__(self, parts: AttentionParts, softmax: SoftmaxFormat = DEFAULT) -> None:
+    def __init__(self, parts: AttentionParts, softmax: SoftmaxFormat = DEFAULT_SOFTMAX) -> None:
         super().__init__()
         names = ("qkv",) if len(parts.qkv) == 1 else ("q_proj", "k_proj", "v_proj")
         for name, linear in zip(names, parts.qkv, strict=True):

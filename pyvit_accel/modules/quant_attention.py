@@ -13,11 +13,12 @@ from pyvit_accel.formats.softmax import SoftmaxFormat, from_description
 from .gradient import refuse_gradient
 from .position import Position
 from .quant_linear import QuantLinear
+from .softmax_holder import SoftmaxHolder
 
 NORMS = ("q_norm", "k_norm")
 
 
-class QuantAttention(nn.Module):
+class QuantAttention(SoftmaxHolder):
     """softmax(q k^T scale + mask) v, projected; x (B, N, C) or, a grid of tokens, (B, h, w, C), float in and out.
 
     head_scale  (3, H, 1)  static scales of q, k and v per head; None: one per token and head, found at run time
@@ -48,11 +49,6 @@ class QuantAttention(nn.Module):
         self.position: Position | None = None
         self.register_buffer("head_scale", torch.ones(3, num_heads, 1) if static else None)
         self.register_buffer("qkv_scale", torch.ones(qkv.out_features) if static else None)
-
-    def _apply(self, fn, recurse: bool = True) -> QuantAttention:
-        if self.softmax is not None:  # no buffer: half() would round its thresholds
-            self.softmax = self.softmax.to(fn(torch.empty_like(self.softmax.values)).device)
-        return super()._apply(fn, recurse)
 
     def set_head_scale(self, head_scale: Tensor) -> None:
         """head_scale (3, H, 1), float32."""

@@ -118,7 +118,9 @@ def quant_attention(
     check_vector("quant_attention", "out_scale", out_scale, 1, H * D)
     if cu_seqlens is not None:
         cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-        _check_packed(B, (cu_seqlens, Nq), (cu_seqlens_k, Nk), bias if grid_bias is None else grid_bias)
+        if B != 1 or bias is not None or grid_bias is not None:
+            raise ValueError(f"quant_attention: packed sequences need B=1, no bias and no mask; got B={B}")
+        _check_packed((cu_seqlens, Nq), (cu_seqlens_k, Nk))
     elif cu_seqlens_k is not None:
         raise ValueError("quant_attention: cu_seqlens_k came without cu_seqlens; pass both")
     if bias is not None:
@@ -143,10 +145,8 @@ def quant_attention(
     return (results[0], *wanted) if wanted else results[0]
 
 
-def _check_packed(B: int, *pairs_and_bias: object) -> None:
-    *pairs, bias = pairs_and_bias
-    if B != 1 or bias is not None:
-        raise ValueError(f"quant_attention: packed sequences need B=1, no bias and no mask; got B={B}")
+def _check_packed(*pairs: tuple[Tensor, int]) -> None:
+    """Of q and of k: where the sequences end, and how many tokens there are."""
     if pairs[0][0].shape != pairs[1][0].shape:
         shapes = " and ".join(str(tuple(ends.shape)) for ends, _ in pairs)
         raise ValueError(f"quant_attention: cu_seqlens and cu_seqlens_k have shapes {shapes}; they must be equal")

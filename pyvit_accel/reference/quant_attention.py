@@ -180,6 +180,7 @@ def _coded(
     table = F.pad((p_values + p_offset).double(), (0, 1))
     values = table[k]
     total = values.sum(dim=-1, keepdim=True)
+    weights = values / total.masked_fill(total <= 0, torch.inf) if p_normalize else values * p_unit
     if p_normalize:
         scale = torch.where(total > 0, v_scale.amax(dim=-1)[..., None, None] / total.float(), 0.0)
     else:
@@ -189,9 +190,7 @@ def _coded(
         low = values - 256 * high
         out = (high @ v.double()).float() * (scale * 256) + (low @ v.double()).float() * scale
     else:
-        weights = values / total.masked_fill(total <= 0, torch.inf) if p_normalize else values * p_unit
         out = (weights @ (v.double() * v_scale.double()[..., None])).float()
-    weights = values / total.masked_fill(total <= 0, torch.inf) if p_normalize else values * p_unit
     octaves = anchor[..., 0].double() / octave
     lse = octaves + (total[..., 0] * p_unit).log2() if p_anchor == "max" else octaves
     return weights, lse * LN2, out
