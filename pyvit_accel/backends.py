@@ -25,6 +25,15 @@ OPS = (
     "quant_attention",
     "quant_patch_embed",
     "quant_block",
+    "select_tokens",
+    "split_tokens",
+    "group_tokens",
+    "match_tokens",
+    "merge_pairs",
+    "mean_heads",
+    "mix_tokens",
+    "propagate",
+    "local_assign",
 )
 
 

@@ -162,5 +162,26 @@ def one_call_of_each() -> dict[str, Call]:
         "quant_patch_embed": Call(ops.quant_patch_embed, (images, patch_packed, patch_scale, torch.randn(6, N), 4)),
     }
     calls["quant_block"] = Call(ops.quant_block, (), block(2, 7, 48, 2, 80) | {"tokens": 5})
+    calls |= token_calls(B, M, H, D)
     torch.set_rng_state(generator_state)
     return calls
+
+
+def token_calls(B: int, N: int, H: int, D: int) -> dict[str, Call]:
+    scores, tokens, mask = torch.randn(B, N), torch.randn(B, N, D), torch.rand(B, N) > 0.4
+    groups = torch.randint(-1, 4, (B, N)).int()
+    even, odd = tokens[:, ::2].contiguous(), tokens[:, 1::2].contiguous()
+    best, which = torch.rand(B, even.shape[1]), torch.randint(0, N // 2, (B, even.shape[1])).int()
+    heads, grid = torch.randn(B, H, N, D), torch.randn(B, 4, 6, D)
+    lists = (torch.randint(-1, N, (B, 12)).int(), None, torch.rand(B, 12))
+    return {
+        "select_tokens": Call(ops.select_tokens, (scores, 5, 1, "index")),
+        "split_tokens": Call(ops.split_tokens, (mask, 1)),
+        "group_tokens": Call(ops.group_tokens, (groups, 4, torch.rand(B, N))),
+        "match_tokens": Call(ops.match_tokens, (even, odd, "cosine", 2, 1)),
+        "merge_pairs": Call(ops.merge_pairs, (best, which, N, 3, 1)),
+        "mean_heads": Call(ops.mean_heads, (heads, torch.rand(H, 1))),
+        "mix_tokens": Call(ops.mix_tokens, (tokens, *lists), {"width": 3, "base": torch.randn(B, 4, D)}),
+        "propagate": Call(ops.propagate, (heads, heads * 2, torch.rand(B, H, N), D**-0.5, 3)),
+        "local_assign": Call(ops.local_assign, (grid, grid[:, ::2, ::2].contiguous(), 3)),
+    }

@@ -78,7 +78,7 @@ def test_backward_raises(name):
         return value
 
     results = call.op(*map(with_gradient, call.args), **{k: with_gradient(v) for k, v in call.kwargs.items()})
-    assert leaves
+    assert leaves or name == "split_tokens"  # which reads booleans
     for result in (results,) if isinstance(results, Tensor) else results:
         if any(result is leaf for leaf in leaves):  # a static scale is handed back
             continue
