@@ -36,7 +36,8 @@ class SortPruneMerge(TokenStep):
     def rows(self, N: int, num_prefix_tokens: int) -> Rows:
         kept, merged = self._counts(N)
         if merged < num_prefix_tokens + (kept > merged):
-            raise ValueError(f"DiffRate: {merged} tokens are left of {N}, {num_prefix_tokens} of them prefix; keep more")
+            came = f"{merged} tokens are left of {N}, {num_prefix_tokens} of them prefix"
+            raise ValueError(f"DiffRate: {came}; keep more")
         return Rows(N, kept, kept, merged)
 
     def prune(self, heads: Heads, x: Tensor, state: TokenState) -> Tensor | None:
@@ -80,8 +81,14 @@ SCHEDULES: dict[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]] = {
         (197, 192, 178, 164, 150, 133, 115, 101, 96, 82, 49, 49),
     ),
     ("mae-l", "42.3G"): (
-        (197, 197, 197, 195, 194, 193, 191, 187, 182, 180, 173, 149, 142, 134, 125, 121, 111, 106, 91, 87, 77, 39, 38, 32),
-        (197, 197, 196, 194, 193, 192, 187, 183, 181, 173, 154, 146, 137, 127, 123, 114, 105, 98, 87, 75, 43, 45, 32, 32),
+        (
+            *(197, 197, 197, 195, 194, 193, 191, 187, 182, 180, 173, 149),
+            *(142, 134, 125, 121, 111, 106, 91, 87, 77, 39, 38, 32),
+        ),
+        (
+            *(197, 197, 196, 194, 193, 192, 187, 183, 181, 173, 154, 146),
+            *(137, 127, 123, 114, 105, 98, 87, 75, 43, 45, 32, 32),
+        ),
     ),
     ("mae-h", "103.4G"): (
         (
@@ -104,7 +111,8 @@ def diffrate(
     if not prune and not merge:
         if (model, budget) not in SCHEDULES:
             known = ", ".join(f"{name} {size}" for name, size in SCHEDULES)
-            raise ValueError(f"DiffRate: no schedule {model!r} {budget!r}; there are {known}, or pass prune= and merge=")
+            came = f"no schedule {model!r} {budget!r}"
+            raise ValueError(f"DiffRate: {came}; there are {known}, or pass prune= and merge=")
         prune, merge = SCHEDULES[model, budget]
     if len(prune) != len(merge):
         raise ValueError(f"DiffRate: {len(prune)} counts to prune to and {len(merge)} to merge to; pass one per block")

@@ -98,7 +98,8 @@ def macs(rows: Sequence[Rows], dim: int, mlp_ratio: float = 4.0) -> float:
 def snap_schedule(counts: Sequence[int], batch: int, tile: int) -> list[int]:
     """Counts of tokens, each lowered to the most whose rows fill whole tiles only; one that fills no tile is kept.
 
-    counts  tokens of every layer; batch  images; tile  rows of a matmul's tile: K tokens cost ceil(batch K / tile) tiles
+    counts  tokens of every layer, which cost ceil(batch count / tile) tiles
+    batch   images; tile: rows of a matmul's tile
     """
     if batch < 1 or tile < 1 or any(count < 1 for count in counts):
         raise ValueError(f"snap_schedule: counts {list(counts)}, batch={batch}, tile={tile} must be positive")

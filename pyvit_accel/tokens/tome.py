@@ -1,7 +1,7 @@
 """ToMe: in every block the r most similar pairs of tokens become one, weighted by their sizes.
 
 Even and odd tokens are matched by the cosine of their keys, the mean over the heads; sizes enter the next attention as
-log size. Decided from the keys alone, so the merge comes before the projection: it is linear, and so are its rows' sums.
+log size. Decided from the keys alone, so the merge comes before the projection, which is linear.
 
 Bolya et al., Token Merging, arXiv:2210.09461. ToFu: Kim et al., Token Fusion, arXiv:2312.01026.
 """
