@@ -25,6 +25,8 @@ OPS = (
     "quant_attention",
     "quant_patch_embed",
     "quant_block",
+    "quant_mlp",
+    "quant_project",
     "select_tokens",
     "split_tokens",
     "group_tokens",

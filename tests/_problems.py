@@ -111,6 +111,22 @@ def block(
     }
 
 
+def mlp(args: dict) -> dict:
+    """Arguments of ops.quant_mlp, of those of ops.quant_block."""
+    new = {"norm_weight": "norm2_weight", "norm_bias": "norm2_bias", "norm_eps": "norm2_eps"}
+    new |= {name: name for name in ("x", "activation", *(k for k in args if k.startswith(("fc1", "fc2"))))}
+    return {name: args[old] for name, old in new.items()} | {"layer_scale": args["layer_scale2"]}
+
+
+def projection(args: dict) -> dict:
+    """Arguments of ops.quant_project, of those of ops.quant_block."""
+    new = {"w": "proj_w", "w_scale": "proj_w_scale", "bias": "proj_bias", "x_bits": "proj_x_bits"}
+    new |= {"residual": "x", "x_clip": "proj_x_clip", "layer_scale": "layer_scale1"}
+    B, N, C = args["x"].shape
+    inner = C // args["num_heads"] * args["num_heads"]
+    return {name: args[old] for name, old in new.items()} | {"x": torch.randn(B, N, inner)}
+
+
 @dataclass(frozen=True)
 class Call:
     """A call of a public op that reaches every one of its tensors."""
@@ -162,6 +178,10 @@ def one_call_of_each() -> dict[str, Call]:
         "quant_patch_embed": Call(ops.quant_patch_embed, (images, patch_packed, patch_scale, torch.randn(6, N), 4)),
     }
     calls["quant_block"] = Call(ops.quant_block, (), block(2, 7, 48, 2, 80) | {"tokens": 5})
+    calls["quant_mlp"] = Call(ops.quant_mlp, (), mlp(block(2, 7, 48, 2, 80)))
+    lists = (torch.randint(0, 4, (2, 7)).int(), 4, torch.rand(2, 7) + 0.1)
+    merged = dict(zip(("ptr", "col", "weight"), ops.group_tokens(*lists), strict=False))
+    calls["quant_project"] = Call(ops.quant_project, (), projection(block(2, 7, 48, 2, 80)) | merged)
     calls |= token_calls(B, M, H, D)
     torch.set_rng_state(generator_state)
     return calls

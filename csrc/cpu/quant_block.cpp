@@ -7,85 +7,22 @@
 // Rows depend on each other in the attention alone. So a thread takes a panel of rows through all steps between two
 // attentions: what it writes it reads again from its own cache, and nobody waits. With fewer rows than fill the threads'
 // tiles, every matmul is divided over the threads instead.
-#include <cstring>
-
 #include "attention_op.h"
-#include "gemm_op.h"
+#include "block.h"
 
 namespace pyvit_accel {
 namespace {
 
-struct Linear {
-  at::Tensor w_packed, w_scale;
-  std::optional<at::Tensor> bias;
-  int64_t N, K, w_bits, x_bits;
-  float x_clip;
-
-  Linear(const at::Tensor& w, const at::Tensor& scale, const std::optional<at::Tensor>& b, int64_t k, int64_t bits,
-         double clip, const char* what)
-      : w_packed(w.contiguous()), w_scale(scale.contiguous()), bias(float_features(b, scale.numel(), what)),
-        N(scale.numel()), K(k), w_bits(packed_bits(w_packed, N, K)), x_bits(bits), x_clip((float)clip) {
-    check_dtype(scale, at::kFloat, what), check_bits(x_bits);
-  }
-  const uint8_t* weights() const { return w_packed.const_data_ptr<uint8_t>(); }
-  Gemm gemm() const {
-    Gemm g = {};
-    g.x_stride = K, g.w_packed = weights(), g.w_bits = w_bits, g.N = N, g.K = K;
-    Epilogue& e = g.epilogue;
-    e.w_scale = w_scale.const_data_ptr<float>(), e.bias = data_or_null(bias), e.bias_rows = 1, e.out_stride = N;
-    return g;
-  }
-  // The codes it reads, of rows of floats.
-  void set_codes(Rows& p) const { p.bits = x_bits, p.clip = x_clip; }
-};
-
-std::optional<at::Tensor> one_or_all(const std::optional<at::Tensor>& t, int64_t n, const char* what) {
-  return t ? std::optional<at::Tensor>(float_vector(*t, n, what)) : std::nullopt;
-}
-
-struct Norm {
-  at::Tensor weight, bias;
-  std::optional<at::Tensor> scale;
-  Rows rows(double eps) const {
-    Rows p = {};
-    p.K = weight.numel(), p.x_stride = p.K;
-    p.weight = weight.const_data_ptr<float>(), p.bias = bias.const_data_ptr<float>(), p.eps = eps;
-    p.scale = data_or_null(scale), p.scale_stride = scale ? scale->numel() > 1 : 0;
-    return p;
-  }
-};
-Norm norm_of(const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale, int64_t C) {
-  return {*float_features(weight, C, "norm weight"), *float_features(bias, C, "norm bias"), one_or_all(scale, C, "x_scale")};
-}
-
-// Panels of rows: each fits a share of L2 with what is computed from it, and every thread gets equally many.
-constexpr int64_t kPanelBytes = 1 << 20, kFewRows = 12, kRowsPerThread = 96;
-struct Panels {
-  int64_t count, rows;  // rows: of the largest panel
-  Panels(int64_t M, int64_t row_bytes) {
-    const int64_t threads = free_threads();
-    const int64_t most = std::max<int64_t>(kPanelBytes / row_bytes, 4 * kFewRows);
-    count = std::min(round_up((M + most - 1) / most, threads), M);
-    rows = (M + count - 1) / count;
-  }
-  template <class F>
-  void each(int64_t M, F&& f) const {  // f(first row, number of rows), on the threads
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(M * i / count, M * (i + 1) / count - M * i / count);
-    });
-  }
-};
+constexpr int64_t kRowsPerThread = 96;
 
 struct Block {
-  Norm norm1, norm2;
-  double eps1, eps2;
-  Linear qkv, proj, fc1, fc2;
-  std::optional<at::Tensor> layer_scale1, layer_scale2, head_scale, qkv_scale, fc2_scale;
-  Activation activation;
-  int64_t head_bits, fc2_zero_point;
-  std::optional<double> fc2_minimum;
-  std::optional<at::Tensor> fc2_table;
-  int64_t N, C, H, D, hidden, tokens;  // of one image; tokens: how many are wanted
+  Norm norm1;
+  Linear qkv;
+  Projection projection;
+  FeedForward mlp;
+  std::optional<at::Tensor> head_scale, qkv_scale;
+  int64_t head_bits;
+  int64_t N, C, H, D, tokens;  // of one image; tokens: how many are wanted
   float softmax_scale;
   Softmax softmax;
 
@@ -118,10 +55,10 @@ struct Block {
       float* const row_scale = (float*)(own + round_up(panels.rows * C, 64));
       float* const wide = (float*)((uint8_t*)row_scale + round_up(4 * panels.rows, 64));
       int8_t* const codes = shared.codes + m * 3 * inner();
-      norm(norm1, eps1, qkv, x + m * C, rows, own, row_scale);
+      norm1.run(qkv, x + m * C, rows, own, row_scale);
       Gemm g = qkv.gemm();
       g.x = own, g.M = rows, g.then = g.w_packed;
-      read_norm(g, norm1, row_scale);
+      norm1.read(g, row_scale);
       g.epilogue.out = wide;
       if (head_scale) g.epilogue.out = codes, g.epilogue.out_scale = data_or_null(qkv_scale), g.epilogue.out_scale_stride = 1, g.epilogue.out_bits = head_bits;
       timed(Phase::qkv, [&] { k.lowbit_linear(g, 0, rows, 0, num_tiles(g.N)); });
@@ -149,93 +86,23 @@ struct Block {
   }
 
   void from_attention(const float* x, const Shared& shared, float* out, int64_t M) const {
-    const int64_t widest = std::max({inner(), C, hidden});
-    const auto own_bytes = [&](int64_t rows) { return round_up(rows * widest, 64) + round_up(4 * rows, 64) + 4 * rows * hidden; };
-    if (free_threads() > 1 && M < kFewRows * free_threads()) {
-      out_rows(x, shared, out, 0, M, (uint8_t*)scratch(own_bytes(M), 2),
-               [](Phase phase, const Gemm& g) {
-                 parallel_gemm(g, [phase](const Gemm& g, int64_t m0, int64_t m1, int64_t t0, int64_t t1) {
-                   timed(phase, [&] { kernels().lowbit_linear(g, m0, m1, t0, t1); });
-                 });
-               });
-      return;
-    }
-    const Panels panels(M, widest + 4 * hidden + 4 * inner());
-    panels.each(M, [&](int64_t m, int64_t rows) {
-      out_rows(x, shared, out, m, rows, (uint8_t*)scratch(own_bytes(panels.rows), 2),
-               [](Phase phase, const Gemm& g) { timed(phase, [&] { kernels().lowbit_linear(g, 0, g.M, 0, num_tiles(g.N)); }); });
-    });
-  }
-
-  // Rows m .. m + rows of the output. own: codes of the widest layer, a scale per row, the hidden layer as floats.
-  template <class Matmul>
-  void out_rows(const float* x, const Shared& shared, float* out, int64_t m, int64_t rows, uint8_t* own, Matmul&& matmul) const {
-    const Kernels& k = kernels();
-    float* const row_scale = (float*)(own + round_up(rows * std::max({inner(), C, hidden}), 64));
-    float* const wide = (float*)((uint8_t*)row_scale + round_up(4 * rows, 64));
-    float* const y = out + m * C;
-    const float* residual = x + m * C;
-    if (tokens < N) {  // row m is token m % tokens of image m / tokens: its residual lies among N tokens of x
-      for (int64_t r = m; r < m + rows; ++r)
-        std::memcpy(out + r * C, x + (r / tokens * N + r % tokens) * C, C * sizeof(float));
-      residual = y;
-    }
-    Rows q = {};
-    q.x = shared.attended + m * inner(), q.x_stride = q.K = inner(), q.out = (int8_t*)own, q.out_scale = row_scale;
-    proj.set_codes(q);
-    timed(Phase::quantize, [&] { k.quantize(q, 0, rows); });
-    Gemm g = proj.gemm();
-    g.x = own, g.M = rows, g.then = fc1.weights();
-    read_rows(g, row_scale);
-    add_to(g, residual, layer_scale1, y);
-    matmul(Phase::proj, g);
-
-    norm(norm2, eps2, fc1, y, rows, own, row_scale);
-    g = fc1.gemm();
-    g.x = own, g.M = rows, g.then = fc2.weights();
-    read_norm(g, norm2, row_scale);
-    g.epilogue.out = wide;
-    if (fc2_scale) {
-      g.epilogue.activation = activation;
-      g.epilogue.out_scale = data_or_null(fc2_scale), g.epilogue.out_scale_stride = fc2_scale->numel() > 1;
-      g.epilogue.out_zero_point = fc2_zero_point, g.epilogue.out_bits = fc2.x_bits;
-    }
-    matmul(Phase::fc1, g);
-
-    g = fc2.gemm();
-    g.x = wide, g.M = rows, g.x_zero_point = fc2_zero_point, g.then = proj.weights();
-    if (fc2_scale) {
-      read_static(g, *fc2_scale);
-    } else {
-      Rows act = {};
-      act.x = wide, act.x_stride = act.K = hidden, act.out = (int8_t*)own, act.out_scale = row_scale;
-      act.has_minimum = fc2_minimum.has_value(), act.minimum = (float)fc2_minimum.value_or(0);
-      fc2.set_codes(act);
-      act.table = fc2_table ? fc2_table->const_data_ptr<int8_t>() : nullptr;
-      timed(Phase::activation, [&] { k.activate_quantize(act, activation, 0, rows); });
-      g.x = own;
-      read_rows(g, row_scale);
-    }
-    add_to(g, y, layer_scale2, y);
-    matmul(Phase::fc2, g);
-  }
-
-  void norm(const Norm& n, double eps, const Linear& reader, const float* x, int64_t rows, uint8_t* codes, float* row_scale) const {
-    Rows p = n.rows(eps);
-    p.x = x, p.out = (int8_t*)codes, p.out_scale = row_scale;
-    reader.set_codes(p);
-    timed(Phase::norm, [&] { kernels().norm_quant(p, 0, rows); });
-  }
-  static void read_rows(Gemm& g, const float* row_scale) { g.epilogue.x_scale = row_scale, g.epilogue.x_scale_stride = 1; }
-  static void read_static(Gemm& g, const at::Tensor& scale) {  // one per channel is contained in the weights
-    if (scale.numel() == 1) g.epilogue.x_scale = scale.const_data_ptr<float>();
-  }
-  static void read_norm(Gemm& g, const Norm& n, const float* row_scale) {
-    n.scale ? read_static(g, *n.scale) : read_rows(g, row_scale);
-  }
-  void add_to(Gemm& g, const float* residual, const std::optional<at::Tensor>& layer_scale, float* y) const {
-    g.epilogue.layer_scale = data_or_null(layer_scale);
-    g.epilogue.residual = residual, g.epilogue.residual_stride = C, g.epilogue.out = y;
+    const int64_t hidden = mlp.hidden(), widest = std::max({inner(), C, hidden});
+    in_panels(
+        M, widest + 4 * hidden + 4 * inner(),
+        [&](int64_t rows) { return round_up(rows * widest, 64) + round_up(4 * rows, 64) + 4 * rows * hidden; },
+        [&](int64_t m, int64_t rows, uint8_t* own, auto&& matmul) {
+          float* const row_scale = (float*)(own + round_up(rows * widest, 64));
+          float* const wide = (float*)((uint8_t*)row_scale + round_up(4 * rows, 64));
+          float* const y = out + m * C;
+          const float* residual = x + m * C;
+          if (tokens < N) {  // row m is token m % tokens of image m / tokens: its residual lies among N tokens of x
+            for (int64_t r = m; r < m + rows; ++r)
+              std::memcpy(out + r * C, x + (r / tokens * N + r % tokens) * C, C * sizeof(float));
+            residual = y;
+          }
+          projection.rows(shared.attended + m * inner(), residual, y, rows, own, row_scale, mlp.fc1.weights(), matmul);
+          mlp.rows(y, y, rows, own, row_scale, wide, projection.proj.weights(), matmul);
+        });
   }
 };
 
@@ -261,8 +128,8 @@ at::Tensor quant_block(
                     " features, which are not q, k and v of ", H, " heads");
   TORCH_CHECK_VALUE(0 <= tokens && tokens <= N, "tokens must be 0 to ", N, ", got ", tokens);
   TORCH_CHECK_VALUE(N <= kMaxKeys, "at most ", kMaxKeys, " tokens, got ", N);
-  check_shape(proj_w_scale, {C}, "proj w_scale"), check_shape(fc2_w_scale, {C}, "fc2 w_scale");
-  const int64_t D = inner / H, hidden = fc1_w_scale.numel();
+  check_shape(proj_w_scale, {C}, "proj w_scale");
+  const int64_t D = inner / H;
   std::optional<at::Tensor> qkv_scale;
   if (head_scale) {
     check_dtype(*head_scale, at::kFloat, "head_scale"), check_shape(*head_scale, {3, H, 1}, "head_scale");
@@ -272,15 +139,14 @@ at::Tensor quant_block(
   SoftmaxTables tables;
   tables.read(p_values, std::nullopt, p_steps, 0, 1, 0, "max", true, softmax_scale);
   const Block block = {
-      norm_of(norm1_weight, norm1_bias, qkv_x_scale, C), norm_of(norm2_weight, norm2_bias, fc1_x_scale, C), norm1_eps, norm2_eps,
+      norm_of(norm1_weight, norm1_bias, qkv_x_scale, norm1_eps, C),
       Linear(qkv_w, qkv_w_scale, qkv_bias, C, qkv_x_bits, qkv_x_clip, "qkv"),
-      Linear(proj_w, proj_w_scale, proj_bias, inner, proj_x_bits, proj_x_clip, "proj"),
-      Linear(fc1_w, fc1_w_scale, fc1_bias, C, fc1_x_bits, fc1_x_clip, "fc1"),
-      Linear(fc2_w, fc2_w_scale, fc2_bias, hidden, fc2_x_bits, fc2_x_clip, "fc2"),
-      float_features(layer_scale1, C, "layer_scale1"), float_features(layer_scale2, C, "layer_scale2"),
-      head_scale ? std::optional<at::Tensor>(head_scale->contiguous()) : std::nullopt, qkv_scale,
-      one_or_all(fc2_x_scale, hidden, "fc2_x_scale"), parse_activation(activation), head_bits, fc2_x_zero_point, fc2_x_minimum,
-      code_table(fc2_x_table, fc2_x_bits), N, C, H, D, hidden, tokens, (float)softmax_scale, tables.softmax};
+      {Linear(proj_w, proj_w_scale, proj_bias, inner, proj_x_bits, proj_x_clip, "proj"), float_features(layer_scale1, C, "layer_scale1")},
+      feed_forward(C, norm2_weight, norm2_bias, norm2_eps, fc1_x_scale, fc1_x_bits, fc1_x_clip, fc1_w, fc1_w_scale, fc1_bias, activation,
+                   fc2_x_scale, fc2_x_bits, fc2_x_clip, fc2_x_zero_point, fc2_x_minimum, fc2_x_table, fc2_w, fc2_w_scale, fc2_bias,
+                   layer_scale2),
+      head_scale ? std::optional<at::Tensor>(head_scale->contiguous()) : std::nullopt, qkv_scale, head_bits, N, C, H, D, tokens,
+      (float)softmax_scale, tables.softmax};
   const at::Tensor out = at::empty({B, tokens, C}, x.options());
   if (out.numel() == 0) return out;
   // A few images at a time, enough rows for all threads: what the threads share then stays in cache.

@@ -10,7 +10,9 @@ from .norm_quant import norm_quant
 from .propagate import propagate
 from .quant_attention import quant_attention
 from .quant_block import quant_block
+from .quant_mlp import quant_mlp
 from .quant_patch_embed import quant_patch_embed
+from .quant_project import quant_project
 from .quantize import quantize
 from .select_tokens import group_tokens, select_tokens, split_tokens
 from .weight_only_linear import weight_only_linear
@@ -30,7 +32,9 @@ __all__ = [
     "propagate",
     "quant_attention",
     "quant_block",
+    "quant_mlp",
     "quant_patch_embed",
+    "quant_project",
     "quantize",
     "select_tokens",
     "split_tokens",

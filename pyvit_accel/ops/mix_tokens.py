@@ -44,7 +44,8 @@ def mix_tokens(
                             has `width` entries, M = L / width
     weight   (B, L)         float32; None: ones
     base     (B, M, C)      dtype of x, with reduce "sum"; None: zeros
-    reduce   "sum"; "mean": divided by the sum of the list's weights; "mlerp": the mean, made as long as the longest row
+    reduce   "sum"; "mean": divided by the sum of the list's weights, a list of one row is that row; "mlerp": the mean,
+             made as long as the longest row
     returns  (B, M, C)      dtype of x; an empty list gives base, or zeros
 
     Gather: col of lists of one. Merge: group_tokens. Un-merge: col is the row each token went to. Scatter into base:

@@ -6,7 +6,7 @@ ptr      (B, M + 1)     list m has the entries ptr[m] .. ptr[m + 1]; None: lists
 weight   (B, L) float32 None: ones
 base     (B, M, C)      float; None: zeros
 reduce   "sum"
-         "mean"     divided by the sum of the list's weights
+         "mean"     divided by the sum of the list's weights; a list of one row is that row
          "mlerp"    the mean, made as long as the longest row of the list (ToFu); without a base
 returns  (B, M, C)      dtype of x
 
@@ -29,7 +29,8 @@ def mix_tokens(
     start, length = ptr[:, :-1], ptr[:, 1:] - ptr[:, :-1]
     wide = x.double() if x.dtype == torch.float64 else x.float()
     y = wide.new_zeros(B, start.shape[1], x.shape[2])
-    total, longest = y.new_zeros(y.shape[:2]), y.new_zeros(y.shape[:2])
+    total, longest, count = (y.new_zeros(y.shape[:2]) for _ in range(3))
+    only = torch.zeros_like(start)
     norms = wide.norm(dim=2) if reduce == "mlerp" else None
     weight = torch.ones_like(col, dtype=torch.float32) if weight is None else weight
     for t in range(int(length.max()) if length.numel() else 0):  # one entry of every list at a time
@@ -40,13 +41,16 @@ def mix_tokens(
         w = torch.where(there, weight.gather(1, at).to(y.dtype), 0.0)
         part = w[..., None] * wide.gather(1, row[..., None].expand(-1, -1, x.shape[2]))
         y = torch.where(there[..., None], y + part, y)
-        total = total + w
+        total, count = total + w, count + there
+        only = torch.where(there, row, only)
         if norms is not None:
             longest = torch.where(there, torch.maximum(longest, norms.gather(1, row)), longest)
     if reduce != "sum":
         y = torch.where(total[..., None] == 0, 0.0, y / total[..., None])
+        alone = wide.gather(1, only[..., None].expand_as(y)) if x.shape[1] else y
+        y = torch.where(count[..., None] == 1, alone, y)
     if reduce == "mlerp":
-        y = y * (longest / y.norm(dim=2).clamp(min=1e-12))[..., None]
+        y = torch.where(count[..., None] == 1, y, y * (longest / y.norm(dim=2).clamp(min=1e-12))[..., None])
     if base is not None:
         y = base.to(y.dtype) + y
     return y.to(x.dtype)

@@ -21,12 +21,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .lowbit_linear import lowbit_linear
 from .norm_quant import norm_quant, norm_quant_dynamic
 from .quant_attention import quant_attention
+from .quant_mlp import norm_rows, quant_mlp
 from .quantize import quantize_dynamic
 
 REFERENCE = SimpleNamespace(
@@ -92,13 +92,9 @@ def quant_block(
     static = head_scale is not None
     D = inner // H
 
-    def norm(rows: Tensor, *args) -> tuple[Tensor, Tensor]:
-        weight, bias, eps, scale, bits, clip = args
-        if scale is None:
-            return ops.norm_quant_dynamic(rows, weight, bias, eps, bits, clip)
-        return ops.norm_quant(rows, weight, bias, scale, eps, bits), _of_codes(scale)
-
-    codes, scale = norm(x.reshape(-1, C), norm1_weight, norm1_bias, norm1_eps, qkv_x_scale, qkv_x_bits, qkv_x_clip)
+    codes, scale = norm_rows(
+        ops, x.reshape(-1, C), norm1_weight, norm1_bias, norm1_eps, qkv_x_scale, qkv_x_bits, qkv_x_clip
+    )
     out_scale = None if head_scale is None else head_scale.expand(3, H, D).reshape(-1)
     qkv = ops.lowbit_linear(codes, scale, qkv_w, qkv_w_scale, qkv_bias, 0, "none", None, None, out_scale, 0, head_bits)
     if head_scale is None:
@@ -118,31 +114,9 @@ def quant_block(
     residual = x[:, :tokens].reshape(-1, C)
     y = ops.lowbit_linear(codes, scale, proj_w, proj_w_scale, proj_bias, 0, "none", layer_scale1, residual, None, 0, 8)
 
-    codes, scale = norm(y, norm2_weight, norm2_bias, norm2_eps, fc1_x_scale, fc1_x_bits, fc1_x_clip)
-    hidden = ops.lowbit_linear(
-        codes,
-        scale,
-        fc1_w,
-        fc1_w_scale,
-        fc1_bias,
-        0,
-        activation,
-        None,
-        None,
-        fc2_x_scale,
-        fc2_x_zero_point,
-        fc2_x_bits,
-    )
-    if fc2_x_scale is None:
-        hidden, scale = ops.quantize_dynamic(hidden, fc2_x_minimum, fc2_x_bits, fc2_x_clip, fc2_x_table)
-    else:
-        scale = _of_codes(fc2_x_scale)
-    out = ops.lowbit_linear(
-        hidden, scale, fc2_w, fc2_w_scale, fc2_bias, fc2_x_zero_point, "none", layer_scale2, y, None, 0, 8
-    )
+    out = quant_mlp(
+        y, norm2_weight, norm2_bias, norm2_eps, fc1_x_scale, fc1_x_bits, fc1_x_clip, fc1_w, fc1_w_scale, fc1_bias,
+        activation, fc2_x_scale, fc2_x_bits, fc2_x_clip, fc2_x_zero_point, fc2_x_minimum, fc2_x_table, fc2_w,
+        fc2_w_scale, fc2_bias, layer_scale2, ops,
+    )  # fmt: skip
     return out.view(B, tokens, C)
-
-
-def _of_codes(scale: Tensor) -> Tensor:
-    """The scale a matmul multiplies with: 1 when its weights contain one per channel."""
-    return scale if scale.shape[0] == 1 else torch.ones_like(scale[:1])
