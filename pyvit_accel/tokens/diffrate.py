@@ -58,8 +58,12 @@ class SortPruneMerge(TokenStep):
         added = torch.cat([size[:, :merged], size[:, merged:] * value[..., 0]], 1)
         *_, total = ops.group_tokens(assign, merged, added)
         ptr, col, weight, _ = ops.group_tokens(assign, merged)
-        state.move(assign, total)
+        # Unlike sources subtract: below 1, as DiffRate clamps it in training, the log would end in -inf or NaN.
+        state.move(assign, total.clamp(min=1))
         return ops.mix_tokens(y, col, ptr, weight, reduce="mean")
+
+    def config(self) -> dict:
+        return {"prune": self.num_pruned, "merge": self.num_merged}
 
 
 # (prune, merge) per block, the class token counted. Facts of the paper's compression_rate.json; MAE: ViT trained so.

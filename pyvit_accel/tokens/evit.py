@@ -33,6 +33,7 @@ class KeepAttended(TokenStep):
         if not 0 < rate <= 1:
             raise ValueError(f"EViT: rate={rate}; use a part of the tokens, above 0 and at most 1")
         self.rate, self.fuse = rate, fuse
+        self._chosen: tuple[Tensor, ...] | None = None
 
     def _keep(self, N: int, prefix: int) -> int:
         return math.ceil(self.rate * (N - prefix))
@@ -56,17 +57,21 @@ class KeepAttended(TokenStep):
         return index
 
     def settle(self, y: Tensor, state: TokenState) -> Tensor:
-        if not self.fuse or self._chosen is None:
+        if self._chosen is None:
             return y
         (row, index, dropped, inverse), self._chosen = self._chosen, None
         B, K = index.shape
         lists = torch.cat([index, dropped], 1)
-        ends = torch.tensor([*range(K + 1), lists.shape[1]], dtype=torch.int32, device=y.device).expand(B, -1)
+        ends = torch.arange(K + 2, dtype=torch.int32, device=y.device)
+        ends = torch.where(ends > K, lists.shape[1], ends).int().expand(B, -1)
         weight = torch.cat([torch.ones_like(index, dtype=torch.float32), row.gather(1, dropped.long())], 1)
         state.keep(index, inverse, dropped, y)
         if state.size is not None:
             state.size = torch.cat([state.size, torch.ones_like(state.size[:, :1])], 1)
         return ops.mix_tokens(y, lists, ends.contiguous(), weight)
+
+    def config(self) -> dict:
+        return {"rate": self.rate, "fuse": self.fuse}
 
 
 @method

@@ -66,7 +66,10 @@ class TokenSchedule:
 
     @classmethod
     def from_json(cls, text: str) -> TokenSchedule:
+        """Raises ValueError for a text that is not one of to_json."""
         values = json.loads(text)
+        if not isinstance(values, dict) or set(values) != {"method", "arguments"}:
+            raise ValueError(f"TokenSchedule: {text[:80]!r} is no object of method and arguments, as to_json writes it")
         return cls(values["method"], values["arguments"])
 
     def save(self, path: str | Path) -> None:

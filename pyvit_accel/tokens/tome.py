@@ -3,7 +3,7 @@
 Even and odd tokens are matched by the cosine of their keys, the mean over the heads; sizes enter the next attention as
 log size. Decided from the keys alone, so the merge comes before the projection, which is linear.
 
-Bolya et al., Token Merging, arXiv:2210.09461. ToFu: Kim et al., Token Fusion, arXiv:2312.01026.
+Bolya et al., Token Merging, arXiv:2210.09461.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def match(heads: Heads, prefix: int) -> tuple[Tensor, Tensor]:
 
 
 class MergePairs(TokenStep):
-    """r merges, at most half of what is no prefix. proportional: sizes weigh the means and the attention.
+    """r merges, at most half of what is no prefix; rows are averaged by their sizes.
 
-    exact: more than half raises in `rows`, instead of being cut to half as in the last blocks of a constant r.
+    proportional   sizes weigh the attention as well
+    exact          more than half raises in `rows`, instead of being cut to half as in the last blocks of a constant r
     """
 
     def __init__(self, r: int, proportional: bool = True, exact: bool = False) -> None:
@@ -54,9 +55,21 @@ class MergePairs(TokenStep):
         if r == 0:
             return None
         assign = ops.merge_pairs(*match(heads, p), N, r, p)
-        ptr, col, weight, size = ops.group_tokens(assign, N - r, state.size)
+        size = state.size if self.proportional else _counted(state, N)
+        ptr, col, weight, size = ops.group_tokens(assign, N - r, size)
         state.move(assign, size if self.proportional else None)
         return Lists(ptr, col, weight)
+
+    def config(self) -> dict:
+        return {"r": self.r, "proportional": self.proportional, "exact": self.exact}
+
+
+def _counted(state: TokenState, N: int) -> Tensor | None:
+    """(B, N) float32: of how many of the first tokens each of N is made, when the state does not hold their sizes."""
+    if not state.moves:
+        return None
+    *_, size = ops.group_tokens(state.origin(), N)
+    return size
 
 
 def linear_schedule(r: int, inflect: float, depth: int) -> list[int]:
@@ -66,11 +79,12 @@ def linear_schedule(r: int, inflect: float, depth: int) -> list[int]:
     return [int(start + step * layer) for layer in range(depth)]
 
 
-def _per_block(r: int | Sequence[int], inflect: float, depth: int) -> list[int]:
+def per_block(r: int | Sequence[int], inflect: float, depth: int) -> list[int]:
+    """linear_schedule of a number; a list as it is."""
     if isinstance(r, int):
         return linear_schedule(r, inflect, depth)
     if len(r) != depth:
-        raise ValueError(f"r has {len(r)} entries, the model {depth} blocks")
+        raise ValueError(f"ToMe: r has {len(r)} entries, the model {depth} blocks; pass one per block")
     return list(r)
 
 
@@ -78,10 +92,9 @@ def _per_block(r: int | Sequence[int], inflect: float, depth: int) -> list[int]:
 def tome(r: int | Sequence[int], inflect: float = 0.0, proportional: bool = True) -> Callable[[int], Steps]:
     """r pairs in every block, or as many as its list says; inflect: -1 falls to 0 on a line, 1 rises from 0."""
 
-
     def steps(depth: int) -> Steps:
         listed = not isinstance(r, int)
-        each = enumerate(_per_block(r, inflect, depth))
+        each = enumerate(per_block(r, inflect, depth))
         return [MergePairs(n, proportional, exact=listed or layer == 0) if n else None for layer, n in each]
 
     return steps
