@@ -9,6 +9,8 @@ from pyvit_accel.errors import Unsupported
 from pyvit_accel.mixed_precision import search
 from pyvit_accel.modules.exp_free_attention import ExpFreeAttention, exp_free_attention
 from pyvit_accel.serialize import load, save
+from pyvit_accel.token_reduction import reduce_tokens, token_state
+from pyvit_accel.tokens import TokenSchedule
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,11 +18,14 @@ __all__ = [
     "Recipe",
     "Report",
     "Rule",
+    "TokenSchedule",
     "Unsupported",
     "accelerate",
     "exp_free_attention",
     "load",
     "recipes",
+    "reduce_tokens",
     "save",
     "search",
+    "token_state",
 ]

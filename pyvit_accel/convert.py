@@ -72,16 +72,23 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """rules, and how to see activations: observe(model, batches) runs the model inside prepare(model)."""
+    """rules, and how to see activations: observe(model, batches) runs the model inside prepare(model).
+
+    tokens  what changes blocks as a whole, whatever the rules made of them (token_reduction.py: Reduction): read before
+            they are applied, applied after
+    """
 
     name: str
     rules: tuple[Rule, ...]
     observe: Callable[[nn.Module, Iterable], Any] | None = None
     needs_calibration: bool = False
     prepare: Callable[[nn.Module], AbstractContextManager] = nullcontext
+    tokens: Any = None
 
     def __add__(self, other: Recipe) -> Recipe:
         """Both: the rules of the first have the first word. Of their observers, that of the one that needs it."""
+        if self.tokens is not None and other.tokens is not None:
+            raise ValueError(f"{self.name} + {other.name}: a model has one schedule of tokens; leave one of them out")
         observers = [r.observe for r in sorted((self, other), key=lambda r: not r.needs_calibration) if r.observe]
         return Recipe(
             f"{self.name} + {other.name}",
@@ -89,6 +96,7 @@ class Recipe:
             observers[0] if observers else None,
             self.needs_calibration or other.needs_calibration,
             self.prepare if self.prepare is not nullcontext else other.prepare,
+            self.tokens or other.tokens,
         )
 
 
@@ -107,6 +115,7 @@ class Report:
 
     recipe: str
     entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def replaced(self) -> list[Entry]:
@@ -140,6 +149,7 @@ class Report:
             held, floats = (sum(getattr(layer, name) for layer in layers) / 2**20 for name in ("bytes", "float_bytes"))
             lines.append("matmuls, weight x activation: " + ", ".join(f"{n} {name}" for name, n in formats.items()))
             lines.append(f"their weights: {held:.2f} MiB, in 16-bit floats {floats:.2f}")
+        lines.extend(self.notes)
         return "\n".join([f"{self.recipe}: {len(self.replaced)} modules replaced, {len(self.kept)} kept", *lines])
 
 
@@ -167,6 +177,7 @@ def accelerate(
     if not inplace:
         model = copy.deepcopy(model, _shared_tensors(model))
     modules = dict(model.named_modules(remove_duplicate=False))
+    reading = None if recipe.tokens is None else recipe.tokens.read(model)
     with recipe.prepare(model):
         observed = recipe.observe(model, calibration) if recipe.observe and calibration is not None else None
         plan, refused = _plan(model, recipe, observed)
@@ -182,9 +193,13 @@ def accelerate(
                 model.set_submodule(target, new.module)
             else:
                 model = new.module
+    if reading is not None:
+        replaced = {modules[_target(name, new)]: new.module for name, new in plan.items()}
+        report = reading.report(report, reading.apply(model, replaced))
     specs = [{"name": name, "path": new.path, **new.spec} for name, new in plan.items()]
     names = [name for name in (made["recipe"], recipe.name) if name]
-    model.pyvit_accel = {"recipe": " + ".join(names), "modules": made["modules"] + specs}
+    now = getattr(model, "pyvit_accel", {})  # with the schedule of tokens, if there is one
+    model.pyvit_accel = now | {"recipe": " + ".join(names), "modules": made["modules"] + specs}
     return model, report
 
 

@@ -16,7 +16,7 @@ and leaves it, EXP_FREE_ATTENTION + W8A16 takes it whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,8 @@ from pyvit_accel.modules import CodebookLinear, ExpFreeSelfAttention, QuantPatch
 from pyvit_accel.modules.build import Scheme
 from pyvit_accel.modules.quant_linear import PackedWeight
 from pyvit_accel.planning import Calibration, Reconstruction
+from pyvit_accel.token_reduction import Reduction
+from pyvit_accel.tokens import TokenSchedule
 
 CLASSIFIERS = ("head", "head.*", "heads.*", "head_dist", "classifier", "*.classifier", "cls_classifier", "fc")
 CODEBOOK_ROWS = 2048  # of inputs that roundings are chosen on
@@ -164,6 +166,28 @@ def exp_free_attention(name: str, softmax: SoftmaxFormat) -> Recipe:
     """
     rules = (_rule("ATTENTIONS", lambda parts, found: ExpFreeSelfAttention(parts, softmax)),)
     return Recipe(name, rules, _observe_linears, prepare=adapters.unpack_attention)
+
+
+def tokens(
+    schedule: TokenSchedule, num_prefix_tokens: int | None = None, restore: bool | None = None
+) -> Recipe:
+    """A schedule of tokens, to be added to any recipe or alone; the arguments are those of reduce_tokens."""
+    return Recipe(schedule.name, (), tokens=Reduction(schedule, num_prefix_tokens, restore))
+
+
+def TOME(r: int | Sequence[int], inflect: float = 0.0) -> Recipe:
+    """r pairs of tokens merge in every block; no training needed."""
+    return tokens(TokenSchedule("tome", {"r": r, "inflect": inflect}))
+
+
+def EVIT(rate: float, layers: Sequence[int] = (3, 6, 9), fuse: bool = False) -> Recipe:
+    """Keep the part `rate` of the patches, those the class token attends to, in blocks 3, 6 and 9 counted from 0."""
+    return tokens(TokenSchedule("evit", {"rate": rate, "layers": list(layers), "fuse": fuse}))
+
+
+def DIFFRATE(model: str, budget: str) -> Recipe:
+    """Prune and merge by the published counts of a model and budget: DIFFRATE("deit-s", "2.9G")."""
+    return tokens(TokenSchedule("diffrate", {"model": model, "budget": budget}))
 
 
 W8A8, W6A6, W4A8, W4A4, W3A3 = integer(8, 8), integer(6, 6), integer(4, 8), integer(4, 4), integer(3, 3)

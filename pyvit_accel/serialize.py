@@ -6,6 +6,7 @@ The tensors are the model's state dict. The metadata has "pyvit_accel", a JSON o
     recipe        its name
     architecture  {"vit": the fields of ViTConfig} for our VisionTransformer, else {"class": dotted class name}
     modules       how each replaced module is rebuilt: name, path, class, config, adapter table
+    tokens        where there is one, the schedule: fields of token_reduction.Reduction
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from pyvit_accel import adapters, modules
 from pyvit_accel.files import check_writable, read_metadata, read_tensors, write_safetensors
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig
+from pyvit_accel.token_reduction import Reduction
 
 FORMAT_VERSION = 2
 UNREADABLE = {
@@ -86,14 +88,19 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ValueError(f"load: {path} holds a {name}; pass the float model, load(path, model=...)")
         with torch.device("meta"):
             model = VisionTransformer(ViTConfig.from_dict(architecture["vit"]))
+    tokens = Reduction.from_dict(header["tokens"]).read(model) if "tokens" in header else None
+    before = dict(model.named_modules())
     for spec in header["modules"]:
         model = _rebuild(model, spec, path)
+    if tokens is not None:
+        after = dict(model.named_modules())
+        tokens.apply(model, {old: after[name] for name, old in before.items() if after.get(name, old) is not old})
     tensors = read_tensors(path, UNREADABLE)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"load: the tensors of {path} do not fit {type(model).__name__}: {error}") from None
-    model.pyvit_accel = {"recipe": header["recipe"], "modules": header["modules"]}
+    model.pyvit_accel = {name: header[name] for name in ("recipe", "modules", "tokens") if name in header}
     return model.requires_grad_(False).eval()
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 BELOW_MODULES = {"formats", "reference", "backends", "ops"}
 BELOW_RECIPES = BELOW_MODULES | {"modules", "adapters", "calibrate", "models", "files", "errors"}
 COMMANDS = {"commands", "demo", "images", "measure", "output"}
-RECIPES = {"recipes", "planning", "mixed_precision"}
+RECIPES = {"recipes", "planning", "mixed_precision", "token_reduction"}
 ANYTHING = BELOW_RECIPES | COMMANDS | RECIPES | {"convert", "serialize", "kernels", "tokens", "sparsity", "_C"}
 LAYERS = {
     "errors": (set(), set()),
@@ -34,7 +34,8 @@ LAYERS = {
     "tokens": (BELOW_MODULES | {"modules", "errors"}, {"torch"}),
     "sparsity": ({"formats", "errors"}, {"torch"}),
     "planning": ({"adapters", "calibrate", "errors", "modules"}, {"torch", "tqdm"}),
-    "recipes": (BELOW_RECIPES | {"convert", "planning", "tokens", "sparsity"}, {"torch"}),
+    "token_reduction": ({"adapters", "convert", "errors", "modules", "tokens"}, {"torch"}),
+    "recipes": (BELOW_RECIPES | {"convert", "planning", "token_reduction", "tokens", "sparsity"}, {"torch"}),
     "imported": (BELOW_RECIPES | {"convert", "recipes"}, {"torch"}),
     "mixed_precision": (BELOW_RECIPES | {"convert", "planning", "recipes"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),

@@ -18,6 +18,51 @@ from .softmax_holder import SoftmaxHolder
 NORMS = ("q_norm", "k_norm")
 
 
+class QuantHeads:
+    """Codes and scales of q, k and v of one block; what a TokenStep reads of them (token_step.py: Heads)."""
+
+    def __init__(
+        self,
+        q: tuple[Tensor, Tensor],
+        k: tuple[Tensor, Tensor],
+        v: tuple[Tensor, Tensor],
+        scale: float,
+        grid_bias: tuple[Tensor, Tensor] | None = None,
+        key_bias: Tensor | None = None,
+    ) -> None:
+        self.q, self.k, self.v, self.scale, self.grid_bias, self.key_bias = q, k, v, scale, grid_bias, key_bias
+
+    def attention(self, index: Tensor | None, **formats) -> Tensor | tuple[Tensor, ...]:
+        """ops.quant_attention of all queries, or those of index (B, K) int32."""
+        (q, q_scale), (k, k_scale), (v, v_scale) = self.q, self.k, self.v
+        if index is not None:
+            q, q_scale = _gather(q, q_scale, index)
+        scales = {"key_bias": self.key_bias, "grid_bias": self.grid_bias}
+        return ops.quant_attention(q, k, v, q_scale, k_scale, v_scale, self.scale, **scales, **formats)
+
+    def class_row(self) -> Tensor:
+        (q, q_scale), k, v = self.q, self.k, self.v
+        first = q_scale[..., :1] if q_scale.dim() == 3 else q_scale
+        only = QuantHeads((q[:, :, :1], first), k, v, self.scale, None, self.key_bias)
+        return only.attention(None, emit=("cls",))[1]
+
+    def mean_key(self) -> Tensor:
+        return ops.mean_heads(*self.k)
+
+    def floats(self) -> tuple[Tensor, Tensor]:
+        return tuple(codes.float() * scale.expand(codes.shape[:3])[..., None] for codes, scale in (self.q, self.k))
+
+
+def _gather(q: Tensor, scale: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries in index, of codes (B, H, N, D) and a scale that broadcasts to (B, H, N)."""
+    B, H, N, D = q.shape
+    rows = (index + N * torch.arange(B, device=index.device, dtype=index.dtype)[:, None]).flatten()
+    gathered = q.transpose(1, 2).flatten(0, 1).index_select(0, rows).view(B, -1, H, D).transpose(1, 2)
+    if scale.dim() == 3:
+        scale = scale.gather(2, index.long()[:, None].expand(-1, H, -1))
+    return gathered, scale
+
+
 class QuantAttention(SoftmaxHolder):
     """softmax(q k^T scale + mask) v, projected; x (B, N, C) or, a grid of tokens, (B, h, w, C), float in and out.
 
@@ -85,37 +130,33 @@ class QuantAttention(SoftmaxHolder):
         heads = zip((q, k, v), (*norms, None), strict=True)
         return tuple(self._quantize_heads(x, norm) for x, norm in heads), grid_bias
 
-    def attend(
+    def heads(
         self,
         codes: Tensor,
         scale: Tensor,
-        attn_mask: Tensor | None = None,
+        key_bias: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         grid: Sequence[int] = (),
-        **epilogue,
-    ) -> Tensor:
-        """Int8 codes (B, N, C) of normalised tokens to the projection's output; epilogue as in ops.lowbit_linear.
+    ) -> QuantHeads:
+        """Of int8 codes (B, N, C) of normalised tokens.
 
-        rotary and grid are for a position: its cos and sin, and the rows and columns of N tokens.
+        key_bias (B, N) is added to the scores of every key. rotary and grid are for a position: its cos and sin, and
+        the rows and columns of N tokens.
         """
-        ((q, q_scale), (k, k_scale), (v, v_scale)), grid_bias = self._heads(codes, scale, rotary, grid)
+        qkv, grid_bias = self._heads(codes, scale, rotary, grid)
+        return QuantHeads(*qkv, self.scale, grid_bias, key_bias)
+
+    def weigh(self, heads: QuantHeads, attn_mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        """The means of v by softmax(q k^T), (B, N, H D) float, or of the queries in index (B, K) int32."""
         boolean = attn_mask is not None and attn_mask.dtype == torch.bool
         bias = None if boolean else attn_mask
-        out = ops.quant_attention(
-            q,
-            k,
-            v,
-            q_scale,
-            k_scale,
-            v_scale,
-            self.scale,
+        return heads.attention(
+            index,
             softmax=self.softmax,
             v_bits=self.head_bits,
             mask=attn_mask if boolean else None,
             bias=bias if self.position is None else self.position.add_bias(bias),
-            grid_bias=grid_bias,
         )
-        return self.proj.matmul(*self.proj.quantize(out), **epilogue)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
@@ -124,7 +165,8 @@ class QuantAttention(SoftmaxHolder):
 
         rotary: cos and sin, as in Position.heads.
         """
-        out = self.attend(*self.qkv.quantize(x.flatten(1, -2)), attn_mask, rotary, x.shape[1:-1])
+        heads = self.heads(*self.qkv.quantize(x.flatten(1, -2)), None, rotary, x.shape[1:-1])
+        out = self.proj.matmul(*self.proj.quantize(self.weigh(heads, attn_mask)))
         return refuse_gradient(out.to(x.dtype).view(x.shape), x)
 
     def config(self) -> dict:

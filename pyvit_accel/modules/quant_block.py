@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from pyvit_accel import ops
 from pyvit_accel.formats.softmax import SoftmaxFormat
 
-from .quant_attention import QuantAttention
+from .quant_attention import QuantAttention, QuantHeads
 from .quant_linear import QuantLinear
 from .quant_mlp import QuantMlp
+from .token_block import ReducingBlock
+from .token_step import Lists
 
 
 def _format(linear: QuantLinear) -> tuple[int, float]:
@@ -22,12 +24,32 @@ def _format(linear: QuantLinear) -> tuple[int, float]:
     return linear.x_bits, linear.x_clip if linear.x_scale is None else 1.0
 
 
+def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm._parameters["weight"], norm._parameters["bias"], norm.eps
+
+
+def _feed_forward(mlp: QuantMlp) -> tuple:
+    """What quant_block and quant_mlp read of the MLP."""
+    fc1_in, fc2_in = mlp._modules["fc1"], mlp._modules["fc2"]
+    fc1, fc2 = fc1_in._buffers, fc2_in._buffers
+    return (
+        *(fc1["x_scale"], fc1_in.x_bits, fc1_in.x_clip),
+        *(fc1["w_packed"], fc1["w_scale"], fc1["bias"], mlp.activation),
+        *(fc2["x_scale"], fc2_in.code_bits, fc2_in.x_clip, fc2_in.x_zero_point, fc2_in.x_minimum, fc2["x_table"]),
+        *(fc2["w_packed"], fc2["w_scale"], fc2["bias"]),
+    )
+
+
 def _probabilities(softmax: SoftmaxFormat | None) -> tuple[Tensor | None, float, str]:
     return (None, 0.0, "") if softmax is None else (softmax.values, softmax.steps, softmax.operand)
 
 
-class QuantBlock(nn.Module):
-    """x (B, N, C) float in and out; attn_mask as in F.scaled_dot_product_attention."""
+class QuantBlock(ReducingBlock):
+    """x (B, N, C) float in and out; attn_mask as in F.scaled_dot_product_attention.
+
+    With a TokenStep inside (token_block.py) it runs in four ops instead of one, and in the one wherever no token of an
+    earlier block was merged.
+    """
 
     computes_first_tokens = True  # what a model asks before it passes `tokens`
 
@@ -48,16 +70,49 @@ class QuantBlock(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, tokens: int | None = None) -> Tensor:
         """tokens: only the first ones of every image are wanted, (B, tokens, C); the others are not computed."""
-        if attn_mask is None and self.fusable:
-            return self._fused(x.float(), tokens).to(x.dtype)
         dtype, x = x.dtype, x.float()
-        norm, attention, mlp = self.norm1, self.attention, self.mlp
-        qkv = attention.qkv
+        if self.state is not None and self._reduces(x, attn_mask):
+            return self.reduced(x, tokens).to(dtype)
+        if attn_mask is None and self.fusable:
+            return self._fused(x, tokens).to(dtype)
+        heads = self.heads(x)
+        attended = self.attention.weigh(heads, attn_mask)
+        y = self.project(attended, x, None, None)
+        return self.feed_forward(y[:, :tokens]).to(dtype)
+
+    def _reduces(self, x: Tensor, attn_mask: Tensor | None) -> bool:
+        """Whether tokens are left out or merged here or were merged before; starts the state."""
+        if attn_mask is not None:
+            raise ValueError("QuantBlock: attn_mask came to a block whose tokens are reduced; call the model without")
+        if self.step is not None or self.restores:
+            return True
+        if self.is_first:
+            self.state.start(x)
+        return self.state.size is not None
+
+    def heads(self, x: Tensor) -> QuantHeads:
+        norm, qkv = self.norm1, self.attention.qkv
         codes, scale = ops.norm_quant(x, norm.weight, norm.bias, qkv.x_scale, norm.eps, *_format(qkv))
-        x = attention.attend(codes, scale, attn_mask, layer_scale=self.layer_scale1, residual=x)[:, :tokens]
-        norm = self.norm2
-        codes, scale = ops.norm_quant(x, norm.weight, norm.bias, mlp.fc1.x_scale, norm.eps, *_format(mlp.fc1))
-        return mlp.apply_codes(codes, scale, layer_scale=self.layer_scale2, residual=x).to(dtype)
+        return self.attention.heads(codes, scale, None if self.state is None else self.state.key_bias)
+
+    def attend(self, heads: QuantHeads, index: Tensor | None) -> Tensor:
+        return self.attention.weigh(heads, index=index)
+
+    def project(self, attended: Tensor, x: Tensor, index: Tensor | None, lists: Lists | None) -> Tensor:
+        proj = self.attention.proj
+        if proj.x_scale is None:
+            moved = {"col": index} if lists is None else vars(lists)
+            formats = {"x_bits": proj.x_bits, "x_clip": proj.x_clip, "layer_scale": self.layer_scale1}
+            return ops.quant_project(attended, x, proj.w_packed, proj.w_scale, proj.bias, **moved, **formats)
+        if lists is not None:
+            attended, x = lists.mean(attended), lists.mean(x)
+        elif index is not None:
+            x = ops.mix_tokens(x, index)
+        return proj.matmul(*proj.quantize(attended), layer_scale=self.layer_scale1, residual=x)
+
+    def feed_forward(self, y: Tensor) -> Tensor:
+        norm, mlp = self._modules["norm2"], self._modules["mlp"]
+        return ops.quant_mlp(y.contiguous(), *_norm(norm), *_feed_forward(mlp), self._buffers["layer_scale2"])
 
     @property
     def fusable(self) -> bool:
@@ -73,22 +128,17 @@ class QuantBlock(nn.Module):
         modules, layer_scale = self._modules, self._buffers
         attention, mlp = modules["attention"], modules["mlp"]
         qkv_in, proj_in = attention._modules["qkv"], attention._modules["proj"]
-        fc1_in, fc2_in = mlp._modules["fc1"], mlp._modules["fc2"]
-        qkv, proj, fc1, fc2 = qkv_in._buffers, proj_in._buffers, fc1_in._buffers, fc2_in._buffers
-        norm1, norm2 = modules["norm1"]._parameters, modules["norm2"]._parameters
+        qkv, proj = qkv_in._buffers, proj_in._buffers
         return ops.quant_block(
             x,
-            *(norm1["weight"], norm1["bias"], modules["norm1"].eps),
+            *_norm(modules["norm1"]),
             *(qkv["x_scale"], qkv_in.x_bits, qkv_in.x_clip, qkv["w_packed"], qkv["w_scale"], qkv["bias"]),
             *(attention.num_heads, attention.scale, attention._buffers["head_scale"]),
             *(attention.head_bits, *_probabilities(attention.softmax)),
             *(proj_in.x_bits, proj_in.x_clip),
             *(proj["w_packed"], proj["w_scale"], proj["bias"], layer_scale["layer_scale1"]),
-            *(norm2["weight"], norm2["bias"], modules["norm2"].eps),
-            *(fc1["x_scale"], fc1_in.x_bits, fc1_in.x_clip),
-            *(fc1["w_packed"], fc1["w_scale"], fc1["bias"], mlp.activation),
-            *(fc2["x_scale"], fc2_in.code_bits, fc2_in.x_clip, fc2_in.x_zero_point, fc2_in.x_minimum, fc2["x_table"]),
-            *(fc2["w_packed"], fc2["w_scale"], fc2["bias"]),
+            *_norm(modules["norm2"]),
+            *_feed_forward(mlp),
             *(layer_scale["layer_scale2"], tokens),
         )
 

@@ -78,18 +78,19 @@ def _first(tokens: int, x: Tensor) -> Tensor:
 
 
 class FloatHeads:
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, state: TokenState) -> None:
-        self.q, self.k, self.v, self.scale, self.state = q, k, v, scale, state
+    """key_bias (B, N): of the sizes that tokens had when q, k and v were made."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tensor | None) -> None:
+        self.q, self.k, self.v, self.scale, self.key_bias = q, k, v, scale, key_bias
 
     @property
     def bias(self) -> Tensor | None:
-        key_bias = self.state.key_bias
-        return None if key_bias is None else key_bias[:, None, None].to(self.q.dtype)
+        return None if self.key_bias is None else self.key_bias[:, None, None].to(self.q.dtype)
 
     def class_row(self) -> Tensor:
         scores = (self.q[:, :, :1].float() @ self.k.float().mT)[:, :, 0] * self.scale
-        if self.state.size is not None:
-            scores = scores + self.state.key_bias[:, None]
+        if self.key_bias is not None:
+            scores = scores + self.key_bias[:, None]
         return scores.softmax(-1).mean(1)
 
     def mean_key(self) -> Tensor:
@@ -124,7 +125,7 @@ class TokenBlock(ReducingBlock):
         qkv = torch.cat([linear(y) for linear in self.qkv], -1) if len(self.qkv) > 1 else self.qkv[0](y)
         q, k, v = qkv.view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = (t if norm is None else norm(t) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
-        return FloatHeads(q, k, v, self.scale, self.state)
+        return FloatHeads(q, k, v, self.scale, self.state.key_bias)
 
     def attend(self, heads: FloatHeads, index: Tensor | None) -> Tensor:
         q = heads.q

@@ -1,0 +1,175 @@
+"""reduce_tokens: give the blocks of a model, float or accelerated, the steps of a schedule.
+
+    read(model)                 what its blocks are made of, while they are whole
+      .apply(model, replaced)   steps into blocks of ours; other blocks become TokenBlocks
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from pyvit_accel import adapters
+from pyvit_accel.adapters import BLOCKS
+from pyvit_accel.adapters.tokens import TokenLayout, token_layout
+from pyvit_accel.convert import Entry, Report
+from pyvit_accel.errors import Unsupported
+from pyvit_accel.modules.parts import BlockParts
+from pyvit_accel.modules.token_block import ReducingBlock, TokenBlock
+from pyvit_accel.modules.token_step import TokenState
+from pyvit_accel.tokens.schedule import TokenSchedule, macs
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A schedule and how it meets a model; what is None follows from the model (adapters/tokens.py).
+
+    num_prefix_tokens  class, distillation and register tokens, which stay
+    restore            whether the last block gives back all tokens: what heads of dense tasks and mean pooling need
+    """
+
+    schedule: TokenSchedule
+    num_prefix_tokens: int | None = None
+    restore: bool | None = None
+
+    def read(self, model: nn.Module) -> Reading:
+        """Before anything is replaced. Raises ValueError where the counts do not fit the model."""
+        layout, blocks = token_layout(model), _blocks(model)
+        if self.num_prefix_tokens is not None:
+            layout = replace(layout, num_prefix_tokens=self.num_prefix_tokens)
+        self.schedule.steps(len(blocks))
+        if layout.num_tokens is not None:
+            self.schedule.rows(len(blocks), layout.num_tokens, layout.num_prefix_tokens)
+        return Reading(self, layout, blocks)
+
+    def to_dict(self) -> dict:
+        """A dictionary that json can write."""
+        schedule = {"method": self.schedule.method, "arguments": self.schedule.arguments}
+        return {"schedule": schedule, "num_prefix_tokens": self.num_prefix_tokens, "restore": self.restore}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Reduction:
+        return cls(TokenSchedule(**values["schedule"]), values["num_prefix_tokens"], values["restore"])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The blocks of one model by name: parts to make TokenBlocks of, or None for blocks that are ours."""
+
+    reduction: Reduction
+    layout: TokenLayout
+    blocks: Mapping[str, tuple[nn.Module, BlockParts | None]]
+
+    def apply(self, model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> list[str]:
+        """Change the model in place. replaced: what took the place of modules since. Returns the blocks it replaced."""
+        schedule, p = self.reduction.schedule, self.layout.num_prefix_tokens
+        steps = schedule.steps(len(self.blocks))
+        restore = self.reduction.restore
+        if restore is None:
+            restore = not self.layout.reads_first
+            if restore and any(step is not None and step.drops for step in steps):
+                warnings.warn(
+                    f"{schedule.name}: the head of {type(model).__name__} may read the patches that are dropped; they "
+                    "come back as they were when dropped. Prefer a method that merges, or pass restore=False",
+                    stacklevel=3,
+                )
+        state = TokenState(p, keeps_dropped=restore)
+        new, names = [], []
+        for name, (original, parts) in self.blocks.items():
+            block = _reducing(replaced.get(original, original))
+            if block is None:
+                block = TokenBlock(parts, replaced)
+                wrapped = adapters.find(BLOCKS, original).wrap(block, original)
+                model.set_submodule(name, wrapped.train(original.training))
+                names.append(name)
+            new.append(block)
+        for i, (block, step) in enumerate(zip(new, steps, strict=True)):
+            block.reduce(step, state, is_first=i == 0, restores=restore and i == len(new) - 1)
+        model.pyvit_accel = getattr(model, "pyvit_accel", {"recipe": "", "modules": []}) | {
+            "tokens": self.reduction.to_dict()
+        }
+        return names
+
+    def report(self, report: Report, names: list[str]) -> Report:
+        """With the blocks that became TokenBlocks, and a line on the counts."""
+        kinds = {name: type(self.blocks[name][0]).__name__ for name in names}
+        others = (e for e in report.entries if e.became or not any(e.name.startswith(f"{name}.") for name in names))
+        blocks = tuple(Entry(name, kind, TokenBlock.__name__, "") for name, kind in kinds.items())
+        return replace(report, entries=(*blocks, *others), notes=(*report.notes, self.describe()))
+
+    def describe(self) -> str:
+        """How many tokens leave each block, and what is left of the multiply-adds."""
+        layout, schedule = self.layout, self.reduction.schedule
+        if layout.num_tokens is None:
+            return f"tokens: {schedule.name}"
+        N, depth, p = layout.num_tokens, len(self.blocks), layout.num_prefix_tokens
+        rows, dim = schedule.rows(depth, N, p), self._dim()
+        part = macs(rows, dim) / (depth * macs([type(rows[0])(N, N, N, N)], dim))
+        counts = ", ".join(str(r.out) for r in rows)
+        return f"tokens: {schedule.name}: {N} to {counts}; {100 * part:.0f} % of the multiply-adds of the blocks"
+
+    def _dim(self) -> int:
+        module, parts = next(iter(self.blocks.values()))
+        return (module if parts is None else parts).norm1.weight.shape[0]
+
+
+def reduce_tokens(
+    model: nn.Module,
+    schedule: TokenSchedule | None,
+    *,
+    num_prefix_tokens: int | None = None,
+    restore: bool | None = None,
+) -> nn.Module:
+    """Give a model, float or accelerated, another schedule, in place; None takes the one it has away.
+
+    schedule           of tokens.TokenSchedule
+    num_prefix_tokens  class, distillation and register tokens; None: as many as the model has parameters for
+    restore            whether the last block gives back all tokens; None: unless the head is known to read the prefix
+    returns            the model
+
+    After a forward, token_state(model) has what became of the tokens. Raises ValueError for a schedule that does not
+    fit the model's depth or tokens, Unsupported for a model without blocks that can do this.
+    """
+    if schedule is None:
+        for module in model.modules():
+            if isinstance(module, ReducingBlock):
+                module.reduce(None, None)
+        if hasattr(model, "pyvit_accel"):
+            model.pyvit_accel = {k: v for k, v in model.pyvit_accel.items() if k != "tokens"}
+        return model
+    Reduction(schedule, num_prefix_tokens, restore).read(model).apply(model, {})
+    return model
+
+
+def token_state(model: nn.Module) -> TokenState:
+    """Of the last forward: sizes, and origin(), the row that each of the first tokens is part of. Raises ValueError."""
+    for module in model.modules():
+        if isinstance(module, ReducingBlock) and module.state is not None:
+            return module.state
+    raise ValueError(f"token_state: no tokens of this {type(model).__name__} are reduced; call reduce_tokens first")
+
+
+def _reducing(module: nn.Module) -> ReducingBlock | None:
+    """The block of ours that a module is, or wraps."""
+    return next((m for m in module.modules() if isinstance(m, ReducingBlock)), None)
+
+
+def _blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockParts | None]]:
+    """In the order of the model. Raises Unsupported unless all blocks can leave tokens out."""
+    blocks: dict[str, tuple[nn.Module, BlockParts | None]] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{taken}.") for taken in blocks):
+            continue
+        if isinstance(module, ReducingBlock):
+            blocks[name] = module, None
+        elif (adapter := adapters.find(BLOCKS, module)) is not None and _reducing(module) is None:
+            try:
+                blocks[name] = module, adapter.parts(module)
+            except Unsupported as reason:
+                raise Unsupported(f"{name}: {reason}: its tokens cannot be reduced") from None
+    if not blocks:
+        raise Unsupported(f"{type(model).__name__} has no block whose tokens can be reduced")
+    return blocks
