@@ -3,7 +3,7 @@
     out = x + adapter(x),  out[selected] += mlp(norm(x[selected]))
 
 Selected are the prefix and the tokens with router(x) > 0. TokenDispatcher is the float form, that can be trained;
-PackedDispatcher computes the selected rows only and adds them in place.
+DispatchedBlock, quantised, computes the selected rows only and adds them in place.
 
 Zhao et al., Dynamic Tuning Towards Parameter and Inference Efficiency for ViT Adaptation, arXiv:2403.11808.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit_accel import ops
-from pyvit_accel.modules import QuantBlock, QuantMlp
+from pyvit_accel.modules import QuantBlock
 from pyvit_accel.modules.gradient import refuse_gradient
 
 from .packed import pack, packed_mlp
@@ -69,39 +69,22 @@ class TokenDispatcher(nn.Module):
         return f"capacity={self.capacity}"
 
 
-class PackedDispatcher(nn.Module):
-    """The second half of a QuantBlock, x (B, N, C) float in and out; its norm2, mlp and layer_scale2."""
-
-    def __init__(
-        self, gate: TokenGate, adapter: nn.Module, norm: nn.LayerNorm, mlp: QuantMlp, layer_scale: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.gate, self.adapter, self.norm, self.mlp = gate, adapter, norm, mlp
-        self.register_buffer("layer_scale", layer_scale)
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.detach().float().contiguous()
-        out, C = y + self.adapter(y), y.shape[2]
-        packed_mlp(self.norm, self.mlp, y.view(-1, C), out.view(-1, C), pack(self.gate(y)), self.layer_scale)
-        return refuse_gradient(out.to(x.dtype), x)
-
-
 class DispatchedBlock(nn.Module):
-    """A QuantBlock whose MLP is for selected tokens only, x (B, N, C) float in and out."""
+    """A QuantBlock whose MLP is for the selected tokens only, x (B, N, C) float in and out. Frozen."""
 
     def __init__(self, block: QuantBlock, gate: TokenGate, adapter: nn.Module) -> None:
         super().__init__()
-        self.norm, self.attention = block.norm1, block.attention
-        self.register_buffer("layer_scale", block.layer_scale1)
-        self.dispatcher = PackedDispatcher(gate, adapter, block.norm2, block.mlp, block.layer_scale2)
+        self.block, self.gate, self.adapter = block, gate, adapter
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        norm, qkv, y = self.norm, self.attention.qkv, x.float()
-        clip = qkv.x_clip if qkv.x_scale is None else 1.0
-        codes, scale = ops.norm_quant(y, norm.weight, norm.bias, qkv.x_scale, norm.eps, qkv.x_bits, clip)
-        y = self.attention.attend(codes, scale, attn_mask, layer_scale=self.layer_scale, residual=y)
-        return refuse_gradient(self.dispatcher(y).to(x.dtype), x)
+        block, dtype = self.block, x.dtype
+        y = x.detach().float().contiguous()
+        y = block.project(block.attention.weigh(block.heads(y), attn_mask), y, None, None)
+        out = (y + self.adapter(y)).contiguous()
+        rows, added = (t.view(-1, t.shape[2]) for t in (y, out))
+        packed_mlp(block.norm2, block.mlp, rows, added, pack(self.gate(y)), block.layer_scale2)
+        return refuse_gradient(out.to(dtype), x)
 
 
 def selection_loss(
