@@ -32,6 +32,10 @@ class TokenSchedule:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"TokenSchedule: method {self.method!r} is not one of {', '.join(sorted(METHODS))}")
+        try:
+            object.__setattr__(self, "arguments", json.loads(json.dumps(self.arguments)))
+        except TypeError as error:
+            raise ValueError(f"TokenSchedule: {self.method}: {error}; pass numbers, strings or lists") from None
         self._make()
 
     def _make(self) -> Callable[[int], Steps]:

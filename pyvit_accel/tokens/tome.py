@@ -83,6 +83,8 @@ def per_block(r: int | Sequence[int], inflect: float, depth: int) -> list[int]:
     """linear_schedule of a number; a list as it is."""
     if isinstance(r, int):
         return linear_schedule(r, inflect, depth)
+    if not isinstance(r, Sequence):
+        raise ValueError(f"ToMe: r={r} is neither a count nor one per block")
     if len(r) != depth:
         raise ValueError(f"ToMe: r has {len(r)} entries, the model {depth} blocks; pass one per block")
     return list(r)
