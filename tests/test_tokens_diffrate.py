@@ -76,7 +76,7 @@ def test_published_schedules_run_in_their_models(model, budget):
         kept = min(p, N)
         assert row == Rows(N, kept, kept, min(m, kept))
         N = row.out
-    assert N == min(prune[-1], merge[-1])
+    assert min(prune[-1], merge[-1]) == N
 
 
 @pytest.mark.parametrize(
