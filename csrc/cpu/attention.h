@@ -16,6 +16,7 @@ struct Head {
   const float* out_scale;
   float *cls, *lse, *columns;
   INLINE bool biased() const { return bias || grid_h || key_bias; }
+  INLINE bool only_keys_biased() const { return key_bias && !bias && !grid_h; }  // the same bias for every query
 };
 
 INLINE Head head_of(const Attention& a, int64_t b, int64_t h) {
@@ -47,6 +48,7 @@ struct Work {
   uint8_t *q, *k, *v, *p, *p_high, *codes;
   int32_t* k_offset;
   float *k_scale, *v_ratio, *ones, *scores, *row, *low;  // row: of biases or weights; low: what the lower bytes of P give
+  float* key_bias;  // as it is added to the scores of all queries
 };
 
 INLINE Work work_of(const Attention& a, const Head& head) {
@@ -64,7 +66,7 @@ INLINE Work work_of(const Attention& a, const Head& head) {
   const int64_t sizes[] = {kRows * s.q_stride, s.key_tiles * s.k_tile, s.d_tiles * s.v_tile, kRows * s.p_stride,
                            f.high ? kRows * s.p_stride : 0, s.padded_keys, 4 * s.padded_keys, 4 * s.padded_keys,
                            4 * s.padded_keys, 4 * kTiles * kTile, 4 * kRows * s.padded_keys, 4 * s.padded_keys,
-                           4 * kRows * kTiles * kTile};
+                           4 * kRows * kTiles * kTile, head.only_keys_biased() ? 4 * s.padded_keys : 0};
   int64_t total = 0;
   for (int64_t size : sizes) total += round_up(size, 64);
   uint8_t* next = (uint8_t*)scratch(total, 0);
@@ -73,13 +75,24 @@ INLINE Work work_of(const Attention& a, const Head& head) {
   s.q = take(), s.k = take(), s.v = take(), s.p = take(), s.p_high = take(), s.codes = take();
   s.k_offset = (int32_t*)take(), s.k_scale = (float*)take(), s.v_ratio = (float*)take();
   s.ones = (float*)take(), s.scores = (float*)take(), s.row = (float*)take(), s.low = (float*)take();
+  s.key_bias = (float*)take();
   return s;
 }
 
 #include "attention_pack.h"
 
+// Biases to what is added to scores in steps; kUnseen, and anything added to it, is no score.
+INLINE float bias_in_steps(float bias, float steps) {
+  const float b = bias * steps, up = b < -kLimit ? -kLimit : b;
+  return up > kLimit ? kLimit : up;
+}
+
 INLINE void pack_head(const Attention& a, const Head& head, Work& s) {
   pack_keys(head, s);
+  for (int64_t n = 0; head.only_keys_biased() && n < s.padded_keys; ++n) {
+    const float b = n < head.Nk ? head.key_bias[n * a.key_bias_stride[1]] : 0.f;
+    s.key_bias[n] = !a.softmax.coded ? b : b == -__builtin_inff() ? 2 * kUnseen : bias_in_steps(b, a.softmax.bias_scale);
+  }
   s.floats ? pack_float_values(head, s) : pack_values(head, s);
   s.v_scale = s.v_scale_in_v ? 1.f : head.v_scale[0];
   for (int64_t n = 1; s.weighted && n < head.Nk; ++n) {
@@ -115,11 +128,11 @@ INLINE void add_biases(const Attention& a, const Head& head, int64_t i, float* o
 // Biases in steps, added to the scores of rows; keys that are not seen.
 INLINE void add_biases_in_steps(const Attention& a, const Head& head, const Work& s, int64_t i, int rows) {
   const float steps = a.softmax.bias_scale;
-  for (int r = 0; head.biased() && r < rows; ++r) {
+  for (int r = 0; r < rows; ++r) {
     float* x = s.scores + r * s.padded_keys;
     add_biases(a, head, i + r, s.row, true);
     for (int64_t j = 0; j < head.Nk; ++j) {
-      const float b = s.row[j] * steps, up = b < -kLimit ? -kLimit : b, y = x[j] + (up > kLimit ? kLimit : up);
+      const float y = x[j] + bias_in_steps(s.row[j], steps);
       x[j] = s.row[j] == -__builtin_inff() ? kUnseen : y;
     }
   }
@@ -138,13 +151,14 @@ INLINE void score_rows(const Attention& a, const Head& head, const Work& s, int6
   t.x_scale = row_scale, t.x_scale_stride = 1, t.out_stride = s.padded_keys;
   for (int64_t n = 0; n < s.key_tiles; n += kTiles) {
     t.b = s.k + n * s.k_tile, t.init = s.k_offset + n * kTile, t.w_scale = s.k_scale + n * kTile;
-    t.out = s.scores + n * kTile;
+    t.out = s.scores + n * kTile, t.bias = head.only_keys_biased() ? s.key_bias + n * kTile : nullptr;
     pick<CodeDot>(s.key_tiles - n < kTiles ? 1 : kTiles, rows, false)(t);
   }
-  if (f.coded) {
+  const bool biased = head.biased() && !head.only_keys_biased();
+  if (f.coded && biased) {
     add_biases_in_steps(a, head, s, i, rows);
   } else {
-    for (int r = 0; head.biased() && r < rows; ++r) add_biases(a, head, i + r, s.scores + r * s.padded_keys, false);
+    for (int r = 0; biased && r < rows; ++r) add_biases(a, head, i + r, s.scores + r * s.padded_keys, false);
   }
   const float unseen = f.coded ? kUnseen : -__builtin_inff();
   for (int r = 0; r < rows; ++r)
