@@ -57,7 +57,8 @@ def match_tokens(
         raise ValueError(f"match_tokens: metric={metric!r} is not one of {', '.join(METRICS)}")
     if not 1 <= topk <= max(b.shape[1], 1):
         raise ValueError(f"match_tokens: topk={topk}, but b has {b.shape[1]} tokens")
-    check_prefix("match_tokens: of b,", first, b.shape[1])
+    if not 0 <= first <= b.shape[1]:
+        raise ValueError(f"match_tokens: first={first} is outside 0..{b.shape[1]}, the tokens of b")
     if exclude is not None:
         check_rows_of("match_tokens", "exclude", exclude, (torch.int32,))
         if exclude.shape != a.shape[:2]:
