@@ -2,18 +2,26 @@
 
 from .codebook_linear import codebook_linear
 from .lowbit_linear import lowbit_linear
+from .match_tokens import match_tokens, mean_heads, merge_pairs
 from .norm_quant import norm_quant, norm_quant_dynamic
 from .quant_attention import quant_attention
 from .quantize import quantize, quantize_dynamic
+from .select_tokens import group_tokens, select_tokens, split_tokens
 from .weight_only_linear import weight_only_linear
 
 __all__ = [
     "codebook_linear",
+    "group_tokens",
     "lowbit_linear",
+    "match_tokens",
+    "mean_heads",
+    "merge_pairs",
     "norm_quant",
     "norm_quant_dynamic",
     "quant_attention",
     "quantize",
     "quantize_dynamic",
+    "select_tokens",
+    "split_tokens",
     "weight_only_linear",
 ]

@@ -1,8 +1,8 @@
 // What every instruction set implements. One table of functions per instruction set; kernels() is the one in use.
 //
-// The same sources (tile.h, gemm.h, rows.h, attention.h) are compiled three times, by isa_avx512.cpp, isa_avx2.cpp and
-// isa_portable.cpp. All three give the same bits: integer sums are exact, and float code is compiled without
-// contraction, so that every operation rounds as IEEE says, in the order written.
+// The same sources (tile.h, gemm.h, rows.h, attention.h, tokens.h) are compiled three times, by isa_avx512.cpp,
+// isa_avx2.cpp and isa_portable.cpp. All three give the same bits: integer sums are exact, and float code is compiled
+// without contraction, so that every operation rounds as IEEE says, in the order written.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -117,6 +117,28 @@ struct Attention {
   const int32_t *q_ends, *k_ends;  // Nq and Nk are then those of all sequences
 };
 
+// The topk tokens of b nearest to each of a: the largest products, of rows of length one for cosine, or the least distances.
+enum class Metric : int64_t { cosine, dot, l2 };
+struct Match {
+  const float *a, *b;  // token n of image i at i * stride[0] + n * stride[1], D floats
+  int64_t a_stride[2], b_stride[2];
+  int64_t Na, Nb, D;
+  Metric metric;
+  int64_t topk, first;  // only tokens first .. Nb of b
+  const int32_t* exclude;  // (B, Na): and not this one; or null
+  float* value;  // (B, Na, topk)
+  int32_t* index;
+};
+
+struct MeanHeads {
+  const void* x;  // element (b, h, n, d) at b * stride[0] + h * stride[1] + n * stride[2] + d
+  bool codes;  // int8, else float
+  const float* scale;  // (B, H, N) through strides
+  int64_t x_stride[3], scale_stride[3];
+  int64_t H, N, D;
+  float* out;  // (B, N, D)
+};
+
 struct Kernels {
   const char* name;
   void (*lowbit_linear)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end);
@@ -128,6 +150,8 @@ struct Kernels {
   void (*quant_attention)(const Attention&, int64_t q_blocks, int64_t item_begin, int64_t item_end);
   int64_t (*dot_loop)(int64_t iterations);
   void (*read_loop)(const void* p, int64_t bytes);
+  void (*match_tokens)(const Match&, int64_t image, int64_t row_begin, int64_t row_end);
+  void (*mean_heads)(const MeanHeads&, int64_t row_begin, int64_t row_end);  // of B * N
 };
 
 extern const Kernels kAvx512, kAvx2, kPortable;

@@ -57,7 +57,8 @@ def match_tokens(
         raise ValueError(f"match_tokens: metric={metric!r} is not one of {', '.join(METRICS)}")
     if not 1 <= topk <= max(b.shape[1], 1):
         raise ValueError(f"match_tokens: topk={topk}, but b has {b.shape[1]} tokens")
-    check_prefix("match_tokens: of b,", first, b.shape[1])
+    if not 0 <= first <= b.shape[1]:
+        raise ValueError(f"match_tokens: first={first} is outside 0..{b.shape[1]}, the tokens of b")
     if exclude is not None:
         check_rows_of("match_tokens", "exclude", exclude, (torch.int32,))
         if exclude.shape != a.shape[:2]:
@@ -70,7 +71,7 @@ def merge_pairs(value: Tensor, index: Tensor, num_tokens: int, merges: int, num_
 
     value    (B, Na)  float32: of the tokens 0, 2, 4, ..., the similarity to their best of the tokens 1, 3, 5, ...
     index    (B, Na)  int32: which, counted among those
-    merges   at most the even tokens that are not prefix
+    merges   at most the even tokens that are not prefix, none where no odd token is left to merge with
     returns  (B, N)   int32: the new row of each of N = num_tokens, for group_tokens of N - merges groups
 
     New rows: the prefix, then the even tokens that stay, ascending (without a prefix by descending value), then the odd
@@ -83,7 +84,8 @@ def merge_pairs(value: Tensor, index: Tensor, num_tokens: int, merges: int, num_
         shapes = f"value {tuple(value.shape)}, index {tuple(index.shape)}"
         raise ValueError(f"merge_pairs: {shapes}; of {N} tokens {even} are even")
     check_prefix("merge_pairs", num_prefix_tokens, N)
-    most = even - (num_prefix_tokens + 1) // 2 if N > 1 else 0
+    partners = N // 2 - num_prefix_tokens // 2
+    most = even - (num_prefix_tokens + 1) // 2 if partners > 0 else 0
     if not 0 <= merges <= most:
         raise ValueError(f"merge_pairs: merges={merges}; {N} tokens with a prefix of {num_prefix_tokens} have {most}")
     return _pairs(value, index, N, merges, num_prefix_tokens)
