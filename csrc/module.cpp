@@ -62,6 +62,7 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 // No op has a gradient: integer codes have none. A backward through one raises; without one this costs nothing in Python.
 TORCH_LIBRARY_IMPL(pyvit_accel, Autograd, m) {
   for (const char* op : {"quantize", "quantize_dynamic", "norm_quant", "norm_quant_dynamic", "lowbit_linear",
-                         "weight_only_linear", "quant_attention", "quant_patch_embed", "quant_block"})
+                         "weight_only_linear", "quant_attention", "quant_patch_embed", "quant_block",
+                         "mix_tokens"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

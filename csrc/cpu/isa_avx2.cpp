@@ -17,8 +17,10 @@ namespace avx2_ {
 #include "rows.h"
 #include "softmax.h"
 #include "attention.h"
+#include "floats.h"
+#include "mix_tokens.h"
 }  // namespace avx2_
 const Kernels kAvx2 = {"avx2", avx2_::lowbit_linear, avx2_::weight_only_linear, avx2_::quantize, avx2_::norm_quant,
-                        avx2_::activate_quantize, avx2_::quant_attention, avx2_::dot_loop, avx2_::read_loop};
+                        avx2_::activate_quantize, avx2_::quant_attention, avx2_::dot_loop, avx2_::read_loop, avx2_::mix_tokens};
 }  // namespace pyvit_accel
 #endif

@@ -14,7 +14,9 @@ namespace portable_ {
 #include "rows.h"
 #include "softmax.h"
 #include "attention.h"
+#include "floats.h"
+#include "mix_tokens.h"
 }  // namespace portable_
 const Kernels kPortable = {"portable", portable_::lowbit_linear, portable_::weight_only_linear, portable_::quantize, portable_::norm_quant,
-                        portable_::activate_quantize, portable_::quant_attention, portable_::dot_loop, portable_::read_loop};
+                        portable_::activate_quantize, portable_::quant_attention, portable_::dot_loop, portable_::read_loop, portable_::mix_tokens};
 }  // namespace pyvit_accel

@@ -117,6 +117,22 @@ struct Attention {
   const int32_t *q_ends, *k_ends;  // Nq and Nk are then those of all sequences
 };
 
+// Rows that floats of some type come in, and go out in; sums are float32.
+enum class Float : int64_t { float32, float16, bfloat16 };
+
+// Row m of image b, item b M + m, from the entries ptr[m] .. ptr[m + 1] of col and weight.
+enum class Reduce : int64_t { sum, mean, mlerp };
+struct Mix {
+  Float dtype;
+  Reduce reduce;
+  const void *x, *base;  // base: null without
+  int64_t x_stride[2], base_stride[2];  // images, rows
+  const int32_t *col, *ptr;  // (B, L), (B, M + 1); no ptr: lists of width
+  const float* weight;  // (B, L); null: ones
+  int64_t C, L, M, width;
+  void* y;  // (B, M, C)
+};
+
 struct Kernels {
   const char* name;
   void (*lowbit_linear)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end);
@@ -128,6 +144,7 @@ struct Kernels {
   void (*quant_attention)(const Attention&, int64_t q_blocks, int64_t item_begin, int64_t item_end);
   int64_t (*dot_loop)(int64_t iterations);
   void (*read_loop)(const void* p, int64_t bytes);
+  void (*mix_tokens)(const Mix&, int64_t item_begin, int64_t item_end);
 };
 
 extern const Kernels kAvx512, kAvx2, kPortable;
