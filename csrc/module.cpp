@@ -63,6 +63,6 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 TORCH_LIBRARY_IMPL(pyvit_accel, Autograd, m) {
   for (const char* op : {"quantize", "quantize_dynamic", "norm_quant", "norm_quant_dynamic", "lowbit_linear",
                          "weight_only_linear", "quant_attention", "quant_patch_embed", "quant_block",
-                         "mix_tokens"})
+                         "mix_tokens", "propagate", "local_assign"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,4 +1,5 @@
-// Rows of float32, float16 or bfloat16, read and written as float32, sixteen at a time. Rounding is half to even.
+// Rows of float32, float16 or bfloat16, read and written as float32, sixteen at a time, rounding half to even; their sums,
+// and their exponentials.
 struct Half { uint16_t bits; };
 struct BFloat { uint16_t bits; };
 typedef uint16_t rw __attribute__((vector_size(REGISTER_BYTES / 2)));
@@ -73,4 +74,23 @@ INLINE float lane_sum(vf x) {  // the same tree on every instruction set
   for (int n = 8; n > 0; n /= 2)
     for (int l = 0; l < n; ++l) lanes[l] += lanes[l + n];
   return lanes[0];
+}
+
+// 2^((x - max x) log2(e)) in place over 16 n values; returns their sum. 0 where 2^-100 is not reached; NaN where x is NaN,
+// or nothing is finite.
+INLINE float exponentials(float* x, int64_t padded) {
+  vf peak = splat(-__builtin_inff()), sum = {};
+  for (int64_t j = 0; j < padded; j += 16) peak = vmax(load<vf>(x + j), peak);
+  const float top = hmax(peak);
+  for (int64_t j = 0; j < padded; j += 16) {
+    const vf t = (load<vf>(x + j) - top) * 1.44269504f;
+    vf e = exp2_small(vmax(t, -100.f));
+    EACH {
+      const ri reached = t.v[i] >= -100.f, nan = t.v[i] != t.v[i];
+      e.v[i] = (rf)(((ri)e.v[i] & reached) | ((ri)t.v[i] & nan));
+    }
+    store(x + j, e);
+    sum = sum + e;
+  }
+  return lane_sum(sum);
 }

@@ -19,8 +19,11 @@ namespace avx2_ {
 #include "attention.h"
 #include "floats.h"
 #include "mix_tokens.h"
+#include "propagate.h"
+#include "local_assign.h"
 }  // namespace avx2_
 const Kernels kAvx2 = {"avx2", avx2_::lowbit_linear, avx2_::weight_only_linear, avx2_::quantize, avx2_::norm_quant,
-                        avx2_::activate_quantize, avx2_::quant_attention, avx2_::dot_loop, avx2_::read_loop, avx2_::mix_tokens};
+                        avx2_::activate_quantize, avx2_::quant_attention, avx2_::dot_loop, avx2_::read_loop, avx2_::mix_tokens,
+                        avx2_::propagate, avx2_::assign_tokens, avx2_::move_centres};
 }  // namespace pyvit_accel
 #endif

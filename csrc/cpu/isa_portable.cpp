@@ -16,7 +16,10 @@ namespace portable_ {
 #include "attention.h"
 #include "floats.h"
 #include "mix_tokens.h"
+#include "propagate.h"
+#include "local_assign.h"
 }  // namespace portable_
 const Kernels kPortable = {"portable", portable_::lowbit_linear, portable_::weight_only_linear, portable_::quantize, portable_::norm_quant,
-                        portable_::activate_quantize, portable_::quant_attention, portable_::dot_loop, portable_::read_loop, portable_::mix_tokens};
+                        portable_::activate_quantize, portable_::quant_attention, portable_::dot_loop, portable_::read_loop, portable_::mix_tokens,
+                        portable_::propagate, portable_::assign_tokens, portable_::move_centres};
 }  // namespace pyvit_accel

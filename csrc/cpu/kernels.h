@@ -133,6 +133,26 @@ struct Mix {
   void* y;  // (B, M, C)
 };
 
+struct Propagate {
+  const float *q, *k;
+  int64_t q_stride[3], k_stride[3];  // images, heads, tokens
+  const float *start, *key_bias;  // (B, H, N), (B, N) or null
+  float scale;
+  int64_t H, N, D, iterations;
+  int64_t kept;  // up to how many probabilities a head keeps from one iteration to the next
+  float* out;  // (B, H, N)
+};
+
+struct LocalAssign {
+  const float* x;  // (B, h, w, C)
+  float* centres;  // (B, gh, gw, C)
+  int64_t h, w, gh, gw, C, window;
+  bool squares, mask;  // metric "l2", border "mask"
+  float tau;
+  float* weight;  // (B, h w, window^2)
+  int32_t* index;
+};
+
 struct Kernels {
   const char* name;
   void (*lowbit_linear)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end);
@@ -145,6 +165,9 @@ struct Kernels {
   int64_t (*dot_loop)(int64_t iterations);
   void (*read_loop)(const void* p, int64_t bytes);
   void (*mix_tokens)(const Mix&, int64_t item_begin, int64_t item_end);
+  void (*propagate)(const Propagate&, int64_t head_begin, int64_t head_end);
+  void (*assign_tokens)(const LocalAssign&, int64_t token_begin, int64_t token_end);  // weight and index, from centres
+  void (*move_centres)(const LocalAssign&, int64_t centre_begin, int64_t centre_end);  // centres, from weight
 };
 
 extern const Kernels kAvx512, kAvx2, kPortable;
