@@ -62,7 +62,8 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 // No op has a gradient: integer codes have none. A backward through one raises; without one this costs nothing in Python.
 TORCH_LIBRARY_IMPL(pyvit_accel, Autograd, m) {
   for (const char* op : {"quantize", "quantize_dynamic", "norm_quant", "norm_quant_dynamic", "lowbit_linear",
-                         "weight_only_linear", "quant_attention", "quant_patch_embed", "quant_block", "select_tokens", "split_tokens",
-                         "group_tokens", "match_tokens", "merge_pairs", "mean_heads"})
+                         "weight_only_linear", "quant_attention", "quant_patch_embed", "quant_block", "quant_mlp", "quant_project",
+                         "select_tokens", "split_tokens", "group_tokens", "match_tokens", "merge_pairs", "mean_heads", "mix_tokens",
+                         "propagate", "local_assign"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

@@ -35,7 +35,7 @@ from pyvit_accel.modules import CodebookLinear, ExpFreeSelfAttention, QuantPatch
 from pyvit_accel.modules.build import Scheme
 from pyvit_accel.modules.quant_linear import PackedWeight
 from pyvit_accel.planning import Calibration, Reconstruction
-from pyvit_accel.token_reduction import Reduction
+from pyvit_accel.token_reduction import Reduction, WindowReduction
 from pyvit_accel.tokens import TokenSchedule
 
 CLASSIFIERS = ("head", "head.*", "heads.*", "head_dist", "classifier", "*.classifier", "cls_classifier", "fc")
@@ -188,6 +188,11 @@ def EVIT(rate: float, layers: Sequence[int] = (3, 6, 9), fuse: bool = False) -> 
 def DIFFRATE(model: str, budget: str) -> Recipe:
     """Prune and merge by the published counts of a model and budget: DIFFRATE("deit-s", "2.9G")."""
     return tokens(TokenSchedule("diffrate", {"model": model, "budget": budget}))
+
+
+def WINDOW_MERGE(ratio: float, window: int | None = None) -> Recipe:
+    """Of every window's tokens the part `ratio`, up to 0.5, shares the MLP with others: for Swin, SAM, ViTDet."""
+    return Recipe(f"WINDOW_MERGE({ratio})", (), tokens=WindowReduction(ratio, window))
 
 
 W8A8, W6A6, W4A8, W4A4, W3A3 = integer(8, 8), integer(6, 6), integer(4, 8), integer(4, 4), integer(3, 3)

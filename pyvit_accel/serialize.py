@@ -20,7 +20,7 @@ from torch import nn
 from pyvit_accel import adapters, modules
 from pyvit_accel.files import check_writable, read_metadata, read_tensors, write_safetensors
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig
-from pyvit_accel.token_reduction import Reduction
+from pyvit_accel.token_reduction import from_dict
 
 FORMAT_VERSION = 2
 UNREADABLE = {
@@ -88,7 +88,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ValueError(f"load: {path} holds a {name}; pass the float model, load(path, model=...)")
         with torch.device("meta"):
             model = VisionTransformer(ViTConfig.from_dict(architecture["vit"]))
-    tokens = Reduction.from_dict(header["tokens"]).read(model) if "tokens" in header else None
+    tokens = from_dict(header["tokens"]).read(model) if "tokens" in header else None
     before = dict(model.named_modules())
     for spec in header["modules"]:
         model = _rebuild(model, spec, path)

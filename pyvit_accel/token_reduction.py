@@ -13,25 +13,27 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from pyvit_accel import adapters
-from pyvit_accel.adapters import BLOCKS
+from pyvit_accel.adapters import BLOCKS, MLPS
 from pyvit_accel.adapters.tokens import TokenLayout, token_layout
 from pyvit_accel.convert import Entry, Report
 from pyvit_accel.errors import Unsupported
+from pyvit_accel.modules import QuantMlp
 from pyvit_accel.modules.parts import BlockParts
 from pyvit_accel.modules.token_block import ReducingBlock, TokenBlock
 from pyvit_accel.modules.token_step import TokenState
 from pyvit_accel.tokens.schedule import TokenSchedule, macs
+from pyvit_accel.tokens.window_merge import MergedMlp, check_ratio
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """A schedule and how it meets a model; what is None follows from the model (adapters/tokens.py).
+    """A schedule, or None, and how it meets a model; what else is None follows from the model (adapters/tokens.py).
 
     num_prefix_tokens  class, distillation and register tokens, which stay
     restore            whether the last block gives back all tokens: what heads of dense tasks and mean pooling need
     """
 
-    schedule: TokenSchedule
+    schedule: TokenSchedule | None
     num_prefix_tokens: int | None = None
     restore: bool | None = None
 
@@ -40,19 +42,18 @@ class Reduction:
         layout, blocks = token_layout(model), _blocks(model)
         if self.num_prefix_tokens is not None:
             layout = replace(layout, num_prefix_tokens=self.num_prefix_tokens)
-        self.schedule.steps(len(blocks))
-        if layout.num_tokens is not None:
-            self.schedule.rows(len(blocks), layout.num_tokens, layout.num_prefix_tokens)
+        if self.schedule is not None:
+            self.schedule.steps(len(blocks))
+            if layout.num_tokens is not None:
+                self.schedule.rows(len(blocks), layout.num_tokens, layout.num_prefix_tokens)
         return Reading(self, layout, blocks)
 
     def to_dict(self) -> dict:
         """A dictionary that json can write."""
-        schedule = {"method": self.schedule.method, "arguments": self.schedule.arguments}
+        schedule = None
+        if self.schedule is not None:
+            schedule = {"method": self.schedule.method, "arguments": self.schedule.arguments}
         return {"schedule": schedule, "num_prefix_tokens": self.num_prefix_tokens, "restore": self.restore}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Reduction:
-        return cls(TokenSchedule(**values["schedule"]), values["num_prefix_tokens"], values["restore"])
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,6 @@ class Reading:
 
     def apply(self, model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> list[str]:
         """Change the model in place. replaced: what took the place of modules since. Returns the blocks it replaced."""
-        schedule, p = self.reduction.schedule, self.layout.num_prefix_tokens
-        steps = schedule.steps(len(self.blocks))
-        restore = self.reduction.restore
-        if restore is None:
-            restore = not self.layout.reads_first
-            if restore and any(step is not None and step.drops for step in steps):
-                warnings.warn(
-                    f"{schedule.name}: the head of {type(model).__name__} may read the patches that are dropped; they "
-                    "come back as they were when dropped. Prefer a method that merges, or pass restore=False",
-                    stacklevel=3,
-                )
-        state = TokenState(p, keeps_dropped=restore)
         new, names = [], []
         for name, (original, parts) in self.blocks.items():
             block = _reducing(replaced.get(original, original))
@@ -86,12 +75,30 @@ class Reading:
                 model.set_submodule(name, wrapped.train(original.training))
                 names.append(name)
             new.append(block)
-        for i, (block, step) in enumerate(zip(new, steps, strict=True)):
-            block.reduce(step, state, is_first=i == 0, restores=restore and i == len(new) - 1)
+        self._set_steps(model, new)
         model.pyvit_accel = getattr(model, "pyvit_accel", {"recipe": "", "modules": []}) | {
             "tokens": self.reduction.to_dict()
         }
         return names
+
+    def _set_steps(self, model: nn.Module, blocks: list[ReducingBlock]) -> None:
+        schedule, restore = self.reduction.schedule, self.reduction.restore
+        if schedule is None:
+            for block in blocks:
+                block.reduce(None, None)
+            return
+        steps = schedule.steps(len(blocks))
+        if restore is None:
+            restore = not self.layout.reads_first
+            if restore and any(step is not None and step.drops for step in steps):
+                warnings.warn(
+                    f"{schedule.name}: the head of {type(model).__name__} may read the patches that are dropped; they "
+                    "come back as they were when dropped. Prefer a method that merges, or pass restore=False",
+                    stacklevel=4,
+                )
+        state = TokenState(self.layout.num_prefix_tokens, keeps_dropped=restore)
+        for i, (block, step) in enumerate(zip(blocks, steps, strict=True)):
+            block.reduce(step, state, is_first=i == 0, restores=restore and i == len(blocks) - 1)
 
     def report(self, report: Report, names: list[str]) -> Report:
         """With the blocks that became TokenBlocks, and a line on the counts."""
@@ -116,6 +123,65 @@ class Reading:
         return (module if parts is None else parts).norm1.weight.shape[0]
 
 
+@dataclass(frozen=True)
+class WindowReduction:
+    """Pairs of tokens of every window share a pass through the MLP (tokens/window_merge.py): for Swin and SAM."""
+
+    ratio: float
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio, self.window)
+
+    def read(self, model: nn.Module) -> WindowReading:
+        """Before anything is replaced. Raises Unsupported for a model without MLPs that are known."""
+        names = [name for name, module in model.named_modules() if _is_mlp(module)]
+        if not names:
+            raise Unsupported(f"{type(model).__name__} has no MLP whose tokens can be merged in windows")
+        return WindowReading(self, tuple(names))
+
+    def to_dict(self) -> dict:
+        """A dictionary that json can write."""
+        return {"ratio": self.ratio, "window": self.window}
+
+
+@dataclass(frozen=True)
+class WindowReading:
+    reduction: WindowReduction
+    names: tuple[str, ...]
+
+    def apply(self, model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> list[str]:
+        """Wrap the MLPs, whatever they have become. Returns their names. Raises Unsupported where a block took one."""
+        for name in self.names:
+            try:
+                mlp = model.get_submodule(name)
+            except AttributeError:
+                raise Unsupported(f"{name} became part of a fused block, which reduce_tokens is for") from None
+            model.set_submodule(name, MergedMlp(mlp, self.reduction.ratio, self.reduction.window).train(mlp.training))
+        model.pyvit_accel = getattr(model, "pyvit_accel", {"recipe": "", "modules": []}) | {
+            "tokens": self.reduction.to_dict()
+        }
+        return list(self.names)
+
+    def report(self, report: Report, names: list[str]) -> Report:
+        """With a line on what merges."""
+        part = f"{100 * self.reduction.ratio:.0f} % of a window's tokens"
+        note = f"tokens: {part} share a pass through the MLP with another, in {len(names)} MLPs"
+        return replace(report, notes=(*report.notes, note))
+
+
+def from_dict(values: dict) -> Reduction | WindowReduction:
+    """The inverse of to_dict of both."""
+    if "ratio" in values:
+        return WindowReduction(**values)
+    schedule = None if values["schedule"] is None else TokenSchedule(**values["schedule"])
+    return Reduction(schedule, values["num_prefix_tokens"], values["restore"])
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return isinstance(module, QuantMlp) or adapters.find(MLPS, module) is not None
+
+
 def reduce_tokens(
     model: nn.Module,
     schedule: TokenSchedule | None,
@@ -133,13 +199,6 @@ def reduce_tokens(
     After a forward, token_state(model) has what became of the tokens. Raises ValueError for a schedule that does not
     fit the model's depth or tokens, Unsupported for a model without blocks that can do this.
     """
-    if schedule is None:
-        for module in model.modules():
-            if isinstance(module, ReducingBlock):
-                module.reduce(None, None)
-        if hasattr(model, "pyvit_accel"):
-            model.pyvit_accel = {k: v for k, v in model.pyvit_accel.items() if k != "tokens"}
-        return model
     Reduction(schedule, num_prefix_tokens, restore).read(model).apply(model, {})
     return model
 

@@ -18,9 +18,14 @@ namespace avx2_ {
 #include "softmax.h"
 #include "attention.h"
 #include "tokens.h"
+#include "floats.h"
+#include "mix_tokens.h"
+#include "propagate.h"
+#include "local_assign.h"
 }  // namespace avx2_
 const Kernels kAvx2 = {"avx2", avx2_::lowbit_linear, avx2_::weight_only_linear, avx2_::quantize, avx2_::norm_quant,
                         avx2_::activate_quantize, avx2_::quant_attention, avx2_::dot_loop, avx2_::read_loop,
-                        avx2_::match_tokens, avx2_::mean_heads};
+                        avx2_::match_tokens, avx2_::mean_heads,
+                        avx2_::mix_tokens, avx2_::propagate, avx2_::assign_tokens, avx2_::move_centres};
 }  // namespace pyvit_accel
 #endif

@@ -21,9 +21,14 @@ namespace avx512_ {
 #include "softmax.h"
 #include "attention.h"
 #include "tokens.h"
+#include "floats.h"
+#include "mix_tokens.h"
+#include "propagate.h"
+#include "local_assign.h"
 }  // namespace avx512_
 const Kernels kAvx512 = {"avx512_vnni", avx512_::lowbit_linear, avx512_::weight_only_linear, avx512_::quantize, avx512_::norm_quant,
                         avx512_::activate_quantize, avx512_::quant_attention, avx512_::dot_loop, avx512_::read_loop,
-                        avx512_::match_tokens, avx512_::mean_heads};
+                        avx512_::match_tokens, avx512_::mean_heads,
+                        avx512_::mix_tokens, avx512_::propagate, avx512_::assign_tokens, avx512_::move_centres};
 }  // namespace pyvit_accel
 #endif

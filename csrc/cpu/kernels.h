@@ -139,6 +139,42 @@ struct MeanHeads {
   float* out;  // (B, N, D)
 };
 
+// Rows that floats of some type come in, and go out in; sums are float32.
+enum class Float : int64_t { float32, float16, bfloat16 };
+
+// Row m of image b, item b M + m, from the entries ptr[m] .. ptr[m + 1] of col and weight.
+enum class Reduce : int64_t { sum, mean, mlerp };
+struct Mix {
+  Float dtype;
+  Reduce reduce;
+  const void *x, *base;  // base: null without
+  int64_t x_stride[2], base_stride[2];  // images, rows
+  const int32_t *col, *ptr;  // (B, L), (B, M + 1); no ptr: lists of width
+  const float* weight;  // (B, L); null: ones
+  int64_t C, L, M, width;
+  void* y;  // (B, M, C)
+};
+
+struct Propagate {
+  const float *q, *k;
+  int64_t q_stride[3], k_stride[3];  // images, heads, tokens
+  const float *start, *key_bias;  // (B, H, N), (B, N) or null
+  float scale;
+  int64_t H, N, D, iterations;
+  int64_t kept;  // up to how many probabilities a head keeps from one iteration to the next
+  float* out;  // (B, H, N)
+};
+
+struct LocalAssign {
+  const float* x;  // (B, h, w, C)
+  float* centres;  // (B, gh, gw, C)
+  int64_t h, w, gh, gw, C, window;
+  bool squares, mask;  // metric "l2", border "mask"
+  float tau;
+  float* weight;  // (B, h w, window^2)
+  int32_t* index;
+};
+
 struct Kernels {
   const char* name;
   void (*lowbit_linear)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end);
@@ -152,6 +188,10 @@ struct Kernels {
   void (*read_loop)(const void* p, int64_t bytes);
   void (*match_tokens)(const Match&, int64_t image, int64_t row_begin, int64_t row_end);
   void (*mean_heads)(const MeanHeads&, int64_t row_begin, int64_t row_end);  // of B * N
+  void (*mix_tokens)(const Mix&, int64_t item_begin, int64_t item_end);
+  void (*propagate)(const Propagate&, int64_t head_begin, int64_t head_end);
+  void (*assign_tokens)(const LocalAssign&, int64_t token_begin, int64_t token_end);  // weight and index, from centres
+  void (*move_centres)(const LocalAssign&, int64_t centre_begin, int64_t centre_end);  // centres, from weight
 };
 
 extern const Kernels kAvx512, kAvx2, kPortable;

@@ -48,7 +48,7 @@ def local_assign(
         share = torch.where(outside, 0.0, weight).flatten(1)
         rows = at.flatten().expand(B, -1)
         mass = share.new_zeros(B, gh * gw).scatter_add_(1, rows, share)
-        parts = share.view(B, h * w, -1, 1) * tokens[:, :, None]
+        parts = share.view(B, h * w, window * window, 1) * tokens[:, :, None]
         total = centres.new_zeros(B, gh * gw, C)
         total.scatter_add_(1, rows[..., None].expand(-1, -1, C), parts.flatten(1, 2))
         centres = total / mass.clamp(min=FLOOR)[..., None]

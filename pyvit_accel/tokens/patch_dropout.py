@@ -17,6 +17,7 @@ from pyvit_accel.modules.token_step import Rows, TokenState, TokenStep
 from .schedule import Steps, at_layers, method
 
 BITS_32 = 0xFFFFFFFF
+FAR = 0x9E3779B9  # from any place: seed 3 is not to meet place 3
 
 
 def _mix(x):
@@ -29,7 +30,7 @@ def _mix(x):
 def noise(B: int, N: int, seed: int, device: torch.device | None = None) -> Tensor:
     """(B, N) float32, whole numbers below 2^24: no generator, so it is the same everywhere and compiles."""
     place = torch.arange(B * N, device=device).view(B, N)
-    return (_mix(_mix(place) ^ _mix(seed & BITS_32)) >> 8).float()
+    return (_mix(_mix(place) ^ _mix(seed + FAR & BITS_32)) >> 8).float()
 
 
 class DropRandom(TokenStep):
