@@ -7,13 +7,10 @@ import torch
 from _matching import METRICS, assert_nearest, even_and_odd, scores_and_error, whole_numbers
 from _triton import ARCHITECTURES, Code, assert_equal, kernel, launches, run
 
-LARGEST = (257, 192, 3)
-
-
-def check_bound(metric, N, D, topk):
+def check_bound(metric, Na, Nb, D, topk):
     torch.manual_seed(0)
-    a, b = even_and_odd(torch.randn(2, N, D) * torch.rand(2, N, 1))
-    exclude = torch.randint(-1, N // 2, a.shape[:2]).int()
+    a, b = torch.randn(2, Na, D), even_and_odd(torch.randn(2, 2 * Nb, D) * torch.rand(2, 2 * Nb, 1))[1]
+    exclude = torch.randint(-1, Nb, a.shape[:2]).int()
     assert_nearest(*kernel("match_tokens", a, b, metric, topk, 0, None), *scores_and_error(a, b, metric), metric)
     found = kernel("match_tokens", a, b, metric, topk, 1, exclude)
     assert_nearest(*found, *scores_and_error(a, b, metric), metric, 1, exclude)
@@ -63,9 +60,9 @@ def check_mean(N, H, D):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("N", "D", "topk"), [(4, 3, 1), (99, 64, 1), (99, 40, 5), LARGEST])
-def test_match_is_within_its_bound(metric, N, D, topk):
-    run(check_bound, metric, N, D, topk)
+@pytest.mark.parametrize(("Na", "Nb", "D", "topk"), [(2, 2, 3, 1), (34, 66, 64, 1), (17, 50, 40, 5), (3, 257, 192, 2)])
+def test_match_is_within_its_bound(metric, Na, Nb, D, topk):
+    run(check_bound, metric, Na, Nb, D, topk)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -79,7 +76,7 @@ def test_nothing_to_match():
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
-@pytest.mark.parametrize("N", [1, 2, 5, 196, 197, 513])
+@pytest.mark.parametrize("N", [1, 2, 5, 196, 197])
 def test_merge_pairs(N, prefix):
     if prefix <= N:
         run(check_merge, N, prefix)
