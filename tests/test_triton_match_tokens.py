@@ -7,6 +7,7 @@ import torch
 from _matching import METRICS, assert_nearest, even_and_odd, scores_and_error, whole_numbers
 from _triton import ARCHITECTURES, Code, assert_equal, kernel, launches, run
 
+
 def check_bound(metric, Na, Nb, D, topk):
     torch.manual_seed(0)
     a, b = torch.randn(2, Na, D), even_and_odd(torch.randn(2, 2 * Nb, D) * torch.rand(2, 2 * Nb, 1))[1]
@@ -60,7 +61,7 @@ def check_mean(N, H, D):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("Na", "Nb", "D", "topk"), [(2, 2, 3, 1), (34, 66, 64, 1), (17, 50, 40, 5), (3, 257, 192, 2)])
+@pytest.mark.parametrize(("Na", "Nb", "D", "topk"), [(2, 2, 3, 1), (34, 66, 64, 1), (17, 50, 40, 5), (3, 257, 50, 2)])
 def test_match_is_within_its_bound(metric, Na, Nb, D, topk):
     run(check_bound, metric, Na, Nb, D, topk)
 
@@ -94,10 +95,8 @@ def record():
         module.match_tokens(*even_and_odd(x[..., :64]), "cosine", 1, 0, None)
         module.match_tokens(x.bfloat16(), x.bfloat16(), "dot", 32, 1, torch.zeros(4, 197).int())
         module.match_tokens(x, x, "l2", 20, 0, None)
-        module.match_tokens(x, x, "l2", 1, 0, None)
 
     def others(module):
-        module.merge_pairs(torch.zeros(4, 99), torch.zeros(4, 99).int(), 197, 13, 1)
         module.merge_pairs(torch.zeros(4, 99), torch.zeros(4, 99).int(), 197, 13, 0)
         module.mean_heads(codes, torch.ones(4, 12, 197))
 
@@ -109,7 +108,7 @@ def record():
 def test_compiles(architecture, tmp_path):
     """The dot product of float32 contracts; nothing else does."""
     products, others = record()
-    assert len(products) == 4 and len(others) == 3
+    assert len(products) == 3 and len(others) == 2
     for i, launch in enumerate(products):
         code = Code(launch, architecture, tmp_path)
         code.assert_sound(uncontracted=i >= 2)
