@@ -44,11 +44,11 @@ def _match_kernel(
     if exclude_ptr is not None:
         exclude = tl.load(exclude_ptr + image * stride_eb + offs_a * stride_en, mask=mask_a, other=-1)
     if METRIC == "cosine":
-        squares = tl.zeros((BLOCK_A,), dtype=tl.float32)
+        squares_a = tl.zeros((BLOCK_A,), dtype=tl.float32)
         for d in range(0, D, BLOCK_D):
             x = tl.load(a_ptrs + d * stride_ad, mask=mask_a[:, None] & (d + offs_d < D)[None, :], other=0.0)
-            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
-        length = _inverse_norms(squares)
+            squares_a += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
+        length = _inverse_norms(squares_a)
 
     if TOPK == 1:
         best = tl.full((BLOCK_A,), float("-inf"), dtype=tl.float32)
@@ -60,7 +60,7 @@ def _match_kernel(
         offs_b = step * BLOCK_B + tl.arange(0, BLOCK_B)
         b_ptrs = b_ptr + image * stride_bb + offs_b[:, None] * stride_bn + offs_d[None, :] * stride_bd
         score = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
-        squares = tl.zeros((BLOCK_B,), dtype=tl.float32)
+        squares_b = tl.zeros((BLOCK_B,), dtype=tl.float32)
         for d in range(0, D, BLOCK_D):
             mask_d = (d + offs_d < D)[None, :]
             x = tl.load(a_ptrs + d * stride_ad, mask=mask_a[:, None] & mask_d, other=0.0).to(tl.float32)
@@ -71,10 +71,10 @@ def _match_kernel(
             else:
                 if METRIC == "cosine":
                     x *= length[:, None]
-                    squares += tl.sum(y * y, axis=1)
+                    squares_b += tl.sum(y * y, axis=1)
                 score = tl.dot(x, tl.trans(y), score, input_precision="ieee")
         if METRIC == "cosine":
-            score *= _inverse_norms(squares)[None, :]
+            score *= _inverse_norms(squares_b)[None, :]
 
         allowed = ((offs_b >= first) & (offs_b < Nb))[None, :] & (offs_b[None, :] != exclude[:, None])
         if TOPK == 1:

@@ -176,7 +176,7 @@ def group_tokens(assign: Tensor, groups: int, weight: Tensor | None) -> tuple[Te
     B, N = assign.shape
     ptr, col = _ints(assign, B, groups + 1), _ints(assign, B, N)
     entry, total = (assign.new_empty(shape, dtype=torch.float32) for shape in ((B, N), (B, groups)))
-    STEP, BLOCK_G = 64, max(32, min(256, triton.next_power_of_2(groups + 1)))
+    STEP, BLOCK_G = 16, max(32, min(256, triton.next_power_of_2(groups + 1)))
     if B:
         with torch.cuda.device_of(assign):
             _group_kernel[(B, triton.cdiv(groups + 1, BLOCK_G))](

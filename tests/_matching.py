@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from _problems import U32
+from torch.nn.functional import pad
 
 METRICS = ("cosine", "dot", "l2")
 
@@ -30,17 +31,21 @@ def assert_nearest(value, index, score, error, metric, first=0, exclude=None):
     out = (place < first).expand(score.shape)
     if exclude is not None:
         out = out | (place == exclude[..., None])
-    score, error = score.masked_fill(out, -torch.inf), error.masked_fill(out, 0).amax(-1, keepdim=True)
+    score, error = score.masked_fill(out, -torch.inf), error.masked_fill(out, 0)
     ranked, order = score.sort(dim=-1, descending=True, stable=True)
     assert value.dtype == torch.float32 and index.dtype == torch.int32
     there = index >= 0
     assert torch.equal(there, ~ranked[..., :topk].isinf())
     assert (value[~there] == (torch.inf if metric == "l2" else -torch.inf)).all()
-    value, found = (-value if metric == "l2" else value).double(), score.gather(-1, index.clamp(min=0).long())
-    assert ((value - found).abs()[there] <= error.expand(value.shape)[there]).all()
+    at = index.clamp(min=0).long()
+    value, found = (-value if metric == "l2" else value).double(), score.gather(-1, at)
+    assert ((value - found).abs() <= error.gather(-1, at))[there].all()
     assert (value[..., 1:] <= value[..., :-1]).all()
-    gap = torch.nn.functional.pad((ranked[..., :-1] - ranked[..., 1:]).nan_to_num(nan=0.0), (1, 1), value=torch.inf)
-    sure = there & (torch.minimum(gap[..., :-1], gap[..., 1:])[..., :topk] > 2 * error)
+
+    lowest, highest = ranked - error.gather(-1, order), ranked + error.gather(-1, order)
+    before = pad(lowest.cummin(-1).values[..., :-1], (1, 0), value=torch.inf)
+    after = pad(highest.flip(-1).cummax(-1).values.flip(-1)[..., 1:], (0, 1), value=-torch.inf)
+    sure = there & ((before > highest) & (lowest > after))[..., :topk]
     assert torch.equal(index[sure], order[..., :topk][sure].int())
     assert sure.sum() >= 0.9 * there.sum()
 

@@ -11,6 +11,7 @@ from _problems import U32, assert_same_bits, padded, reference
 
 from pyvit_accel import backends, ops
 
+
 def tome(impl, metric, size, r, prefix):
     """What one step of ToMe decides: best value and partner, new row of every token, and the groups' lists."""
     N = metric.shape[1]
@@ -163,7 +164,7 @@ def test_only_nan_is_left(impl, metric):
 def test_nothing_to_match(impl):
     for b in (torch.randn(2, 0, 4), torch.randn(2, 3, 4)):
         value, index = impl(ops.match_tokens, torch.randn(2, 3, 4), b, "dot", 1, b.shape[1])
-        assert (index == -1).all() and (value == -torch.inf).all()
+        assert index.shape == value.shape == (2, 3, 1) and (index == -1).all() and (value == -torch.inf).all()
     assert impl(ops.match_tokens, torch.randn(2, 0, 4), torch.randn(2, 3, 4))[0].shape == (2, 0, 1)
     assert impl(ops.match_tokens, torch.randn(0, 3, 4), torch.randn(0, 3, 4))[0].shape == (0, 3, 1)
 

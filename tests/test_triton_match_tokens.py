@@ -7,13 +7,11 @@ import torch
 from _matching import METRICS, assert_nearest, even_and_odd, scores_and_error, whole_numbers
 from _triton import ARCHITECTURES, Code, assert_equal, kernel, launches, run
 
-LARGEST = (257, 192, 3)
 
-
-def check_bound(metric, N, D, topk):
+def check_bound(metric, Na, Nb, D, topk):
     torch.manual_seed(0)
-    a, b = even_and_odd(torch.randn(2, N, D) * torch.rand(2, N, 1))
-    exclude = torch.randint(-1, N // 2, a.shape[:2]).int()
+    a, b = torch.randn(2, Na, D), even_and_odd(torch.randn(2, 2 * Nb, D) * torch.rand(2, 2 * Nb, 1))[1]
+    exclude = torch.randint(-1, Nb, a.shape[:2]).int()
     assert_nearest(*kernel("match_tokens", a, b, metric, topk, 0, None), *scores_and_error(a, b, metric), metric)
     found = kernel("match_tokens", a, b, metric, topk, 1, exclude)
     assert_nearest(*found, *scores_and_error(a, b, metric), metric, 1, exclude)
@@ -63,9 +61,9 @@ def check_mean(N, H, D):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("N", "D", "topk"), [(4, 3, 1), (99, 64, 1), (99, 40, 5), LARGEST])
-def test_match_is_within_its_bound(metric, N, D, topk):
-    run(check_bound, metric, N, D, topk)
+@pytest.mark.parametrize(("Na", "Nb", "D", "topk"), [(2, 2, 3, 1), (34, 66, 40, 1), (17, 50, 33, 5), (3, 257, 50, 2)])
+def test_match_is_within_its_bound(metric, Na, Nb, D, topk):
+    run(check_bound, metric, Na, Nb, D, topk)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -79,7 +77,7 @@ def test_nothing_to_match():
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
-@pytest.mark.parametrize("N", [1, 2, 5, 196, 197, 513])
+@pytest.mark.parametrize("N", [1, 2, 5, 196, 197])
 def test_merge_pairs(N, prefix):
     if prefix <= N:
         run(check_merge, N, prefix)
@@ -97,10 +95,8 @@ def record():
         module.match_tokens(*even_and_odd(x[..., :64]), "cosine", 1, 0, None)
         module.match_tokens(x.bfloat16(), x.bfloat16(), "dot", 32, 1, torch.zeros(4, 197).int())
         module.match_tokens(x, x, "l2", 20, 0, None)
-        module.match_tokens(x, x, "l2", 1, 0, None)
 
     def others(module):
-        module.merge_pairs(torch.zeros(4, 99), torch.zeros(4, 99).int(), 197, 13, 1)
         module.merge_pairs(torch.zeros(4, 99), torch.zeros(4, 99).int(), 197, 13, 0)
         module.mean_heads(codes, torch.ones(4, 12, 197))
 
@@ -112,7 +108,7 @@ def record():
 def test_compiles(architecture, tmp_path):
     """The dot product of float32 contracts; nothing else does."""
     products, others = record()
-    assert len(products) == 4 and len(others) == 3
+    assert len(products) == 3 and len(others) == 2
     for i, launch in enumerate(products):
         code = Code(launch, architecture, tmp_path)
         code.assert_sound(uncontracted=i >= 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from _triton import ARCHITECTURES, Code, assert_equal, launches, run
 
-SIZES = (1, 2, 5, 197, 257, 1025)
+SIZES = (1, 2, 5, 197, 257)
 
 
 def check_select(N, prefix, order):
@@ -57,7 +57,7 @@ def test_split_tokens(N):
     run(check_split, N, min(N, 2))
 
 
-@pytest.mark.parametrize(("N", "groups"), [(1, 1), (2, 5), (5, 2), (100, 60), (197, 184), (257, 63)])
+@pytest.mark.parametrize(("N", "groups"), [(1, 1), (2, 5), (5, 2), (65, 300), (100, 63)])
 def test_group_tokens(N, groups):
     run(check_group, N, groups)
 
@@ -66,15 +66,13 @@ def test_nothing():
     run(check_nothing)
 
 
-def record(N):
+def record(N, order):
     scores, mask, assign = torch.zeros(4, N), torch.zeros(4, N, dtype=torch.bool), torch.zeros(4, N).int()
 
     def call(module):
-        module.select_tokens(scores, N // 2, 1, "rank")
-        module.select_tokens(scores.bfloat16(), N // 2, 1, "index")
+        module.select_tokens(scores.bfloat16(), N // 2, 1, order)
         module.split_tokens(mask, 1)
         module.group_tokens(assign, N - 13, scores)
-        module.group_tokens(assign, N - 13, None)
 
     names = ("_select_kernel", "_split_kernel", "_split_rows_kernel", "_group_kernel")
     return launches("select_tokens", call, *names)
@@ -82,12 +80,12 @@ def record(N):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles(architecture, tmp_path):
-    recorded = record(197)
-    assert len(recorded) == 6
+    recorded = record(197, "index")
+    assert len(recorded) == 4
     for launch in recorded:
         Code(launch, architecture, tmp_path).assert_sound()
 
 
 def test_compiles_for_4096_tokens(tmp_path):
-    for launch in record(4096)[:2]:
+    for launch in record(4096, "rank"):
         Code(launch, 90, tmp_path).assert_sound()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .select_tokens import comparable
 
@@ -39,7 +40,9 @@ def match_tokens(
     index = ranked.gather(-1, allowed_first)[..., :topk]
     out = out.gather(-1, index)
     value = torch.where(out, -torch.inf, comparable(score).gather(-1, index))
-    return (-value if metric == "l2" else value).contiguous(), torch.where(out, -1, index).int().contiguous()
+    missing = (0, topk - index.shape[-1])  # an empty b
+    value, index = pad(value, missing, value=-torch.inf), pad(torch.where(out, -1, index), missing, value=-1)
+    return (-value if metric == "l2" else value).contiguous(), index.int().contiguous()
 
 
 def merge_pairs(value: Tensor, index: Tensor, num_tokens: int, merges: int, num_prefix_tokens: int) -> Tensor:
