@@ -2,9 +2,9 @@
 
 Arguments and results are those of reference/propagate.py. A is never in memory.
 
-    up to 128 tokens  one program per head, A in its registers from one iteration to the next
-    more              one pass for every row's maximum and sum, then a launch an iteration, in which a program makes
-                      a block of columns of A anew: 256 x 256 spills, as float16 too
+    up to 128 tokens, 64 of float32  one program per head, A in its registers from one iteration to the next
+    more                             one pass for every row's maximum and sum, then a launch an iteration, in which a
+                                     program makes a block of columns of A anew: 256 x 256 spills, as float16 too
 
 float32 q and k are multiplied as three tf32 products, which leave out the product of the two remainders.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._common import MATMUL_FLAGS, exp2, vector
 
-WHOLE = 128  # tokens whose A one program holds: 64 registers of each of 256 threads
+WHOLE = 128  # tokens whose A one program holds: 64 registers of each of 256 threads; beside three tf32 products, half
 LOG2_E = tl.constexpr(1.44269504)
 
 
@@ -29,7 +29,7 @@ def _scores(
 ):  # fmt: skip
     """(rows, keys) float32, -inf where a key is not one; of rows that are none, whatever."""
     acc = tl.zeros((rows.shape[0], keys.shape[0]), tl.float32)
-    for d in tl.static_range(0, D, BLOCK_D):
+    for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         q_ptrs = q_ptr + rows[:, None].to(tl.int64) * stride_qn + offs_d[None, :]
         k_ptrs = k_ptr + keys[None, :].to(tl.int64) * stride_kn + offs_d[:, None]
@@ -132,17 +132,19 @@ def propagate(
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
     key_bias, scale = vector(key_bias), float(softmax_scale)
     strides = (*q.stride()[:3], *k.stride()[:3])
-    BLOCK_D = max(16, min(triton.next_power_of_2(D), 16 if q.dtype == torch.float32 else 64))
+    wide = q.dtype == torch.float32
+    BLOCK_D = max(16, min(triton.next_power_of_2(D), 16 if wide else 64))
     with torch.cuda.device_of(q):
-        if N <= WHOLE:
+        if (WHOLE // 2 if wide else WHOLE) >= N:
             BLOCK = max(16, triton.next_power_of_2(N))
             _whole_kernel[(B * H,)](
                 q, k, s, key_bias, out, H, *strides, scale, ITERATIONS=iterations, N=N, D=D, BLOCK=BLOCK,
                 BLOCK_D=BLOCK_D, num_warps=8 if BLOCK == WHOLE else 4, **MATMUL_FLAGS,
             )  # fmt: skip
             return out
-        BLOCK, num_warps = 64, 8 if q.dtype == torch.float32 else 4
-        form = MATMUL_FLAGS | {"N": N, "D": D, "BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
+        BLOCK, num_warps = 64, 8 if wide else 4
+        form = {"N": N, "D": D, "BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
+        form |= MATMUL_FLAGS
         blocks = triton.cdiv(N, BLOCK)
         top, factor, spare = torch.empty((3, *s.shape), dtype=s.dtype, device=s.device)
         _rows_kernel[(B * H * blocks,)](q, k, key_bias, top, factor, H, blocks, *strides, scale, **form)

@@ -74,13 +74,13 @@ def check_published():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
-@pytest.mark.parametrize(("N", "C", "M"), [(1, 1, 1), (5, 3, 4), (50, 192, 20)])
+@pytest.mark.parametrize(("N", "C", "M"), [(1, 1, 1), (5, 3, 4), (20, 192, 9)])
 def test_equals_reference(N, C, M, reduce, dtype):
     run(check_equals, N, C, M, reduce, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "C", "M"), [(5, 3, 4), (50, 192, 20)])
+@pytest.mark.parametrize(("N", "C", "M"), [(5, 3, 4), (20, 192, 9)])
 def test_mlerp(N, C, M, dtype):
     run(check_mlerp, N, C, M, dtype)
 
@@ -99,12 +99,11 @@ def test_published_merges():
 
 def record():
     col, ptr, weight = torch.zeros(8, 197).int(), torch.zeros(8, 185).int(), torch.zeros(8, 197)
-    x, half = torch.zeros(8, 197, 768), torch.zeros(8, 197, 768, dtype=torch.bfloat16)
+    x = torch.zeros(8, 197, 768)
 
     def calls(module):
-        module.mix_tokens(x, col, ptr, weight, None, 1, "mean")
-        module.mix_tokens(half, col, ptr, weight, None, 1, "mlerp")
-        module.mix_tokens(half, col, None, None, half, 1, "sum")
+        module.mix_tokens(x.bfloat16(), col, ptr, weight, None, 1, "mlerp")
+        module.mix_tokens(x, col, None, None, x, 1, "sum")
 
     return launches("mix_tokens", calls, "_mix_tokens_kernel")
 
@@ -112,6 +111,6 @@ def record():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles(architecture, tmp_path):
     recorded = record()
-    assert len(recorded) == 3
+    assert len(recorded) == 2
     for launch in recorded:
         Code(launch, architecture, tmp_path).assert_sound()
