@@ -2,11 +2,9 @@
 
 Arguments and results are those of reference/propagate.py. A is never in memory.
 
-    up to 256 tokens  one program per head. Rows of A in tiles of 32, made one after the other; for the iterations after
-                      the first they stay in registers as float16, and each row's sum is that of what is kept, so that
-                      the sum of s is conserved as in float32
-    more              one pass for every row's maximum and sum, then a launch an iteration, in which a program makes
-                      a block of columns of A anew
+    up to 128 tokens, 64 of float32  one program per head, A in its registers from one iteration to the next
+    more                             one pass for every row's maximum and sum, then a launch an iteration, in which a
+                                     program makes a block of columns of A anew: 256 x 256 spills, as float16 too
 
 float32 q and k are multiplied as three tf32 products, which leave out the product of the two remainders.
 """
@@ -18,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLAGS, exp2, vector
+from ._common import MATMUL_FLAGS, exp2, vector
 
-WHOLE = 256  # tokens whose A one program holds: 64 registers of each of 512 threads
+WHOLE = 128  # tokens whose A one program holds: 64 registers of each of 256 threads; beside three tf32 products, half
 LOG2_E = tl.constexpr(1.44269504)
 
 
@@ -31,7 +29,7 @@ def _scores(
 ):  # fmt: skip
     """(rows, keys) float32, -inf where a key is not one; of rows that are none, whatever."""
     acc = tl.zeros((rows.shape[0], keys.shape[0]), tl.float32)
-    for d in tl.static_range(0, D, BLOCK_D):
+    for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         q_ptrs = q_ptr + rows[:, None].to(tl.int64) * stride_qn + offs_d[None, :]
         k_ptrs = k_ptr + keys[None, :].to(tl.int64) * stride_kn + offs_d[:, None]
@@ -52,18 +50,9 @@ def _exponentials(scores, top):
 
 
 @triton.jit
-def _slice(s, tile: tl.constexpr, BLOCK_M: tl.constexpr):
-    """s[tile BLOCK_M : (tile + 1) BLOCK_M]."""
-    TILES: tl.constexpr = s.shape[0] // BLOCK_M
-    wide = tl.reshape(s, (TILES, BLOCK_M))
-    return tl.sum(tl.where((tl.arange(0, TILES) == tile)[:, None], wide, 0.0), axis=0)
-
-
-@triton.jit
 def _whole_kernel(
     q_ptr, k_ptr, start_ptr, bias_ptr, out_ptr, H, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    scale, ITERATIONS: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    scale, ITERATIONS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     b, h = head // H, head % H
@@ -71,28 +60,14 @@ def _whole_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     if bias_ptr is not None:
         bias_ptr += b * N
-    keys = tl.arange(0, BLOCK_N)
-    TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    kept, factors = (), ()
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tile in tl.static_range(TILES):
-        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        scores = _scores(q_ptr, k_ptr, bias_ptr, rows, keys, stride_qn, stride_kn, scale, N, D, BLOCK_D)
-        e = _exponentials(scores, tl.max(scores, axis=1))
-        if ITERATIONS > 1:
-            kept += (e.to(tl.float16),)
-            e = kept[tile].to(tl.float32)
-        factors += (tl.div_rn(1.0, tl.sum(e, axis=1)),)
-        s = tl.load(start_ptr + head * N + rows, mask=rows < N, other=0.0)
-        acc += e * (s * factors[tile])[:, None]
-    s = tl.sum(acc, axis=0)
-    for _ in range(ITERATIONS - 1):
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for tile in tl.static_range(TILES):
-            share = _slice(s, tile, BLOCK_M) * factors[tile]
-            acc += kept[tile].to(tl.float32) * share[:, None]
-        s = tl.sum(acc, axis=0)
-    tl.store(out_ptr + head * N + keys, s, mask=keys < N)
+    tokens = tl.arange(0, BLOCK)
+    scores = _scores(q_ptr, k_ptr, bias_ptr, tokens, tokens, stride_qn, stride_kn, scale, N, D, BLOCK_D)
+    e = _exponentials(scores, tl.max(scores, axis=1))
+    factor = tl.div_rn(1.0, tl.sum(e, axis=1))
+    s = tl.load(start_ptr + head * N + tokens, mask=tokens < N, other=0.0)
+    for _ in range(ITERATIONS):
+        s = tl.sum(e * (s * factor)[:, None], axis=0)
+    tl.store(out_ptr + head * N + tokens, s, mask=tokens < N)
 
 
 @triton.jit
@@ -157,17 +132,19 @@ def propagate(
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
     key_bias, scale = vector(key_bias), float(softmax_scale)
     strides = (*q.stride()[:3], *k.stride()[:3])
-    BLOCK_D = max(16, min(triton.next_power_of_2(D), 32 if q.dtype == torch.float32 else 64))
+    wide = q.dtype == torch.float32
+    BLOCK_D = max(16, min(triton.next_power_of_2(D), 16 if wide else 64))
     with torch.cuda.device_of(q):
-        if N <= WHOLE:
-            BLOCK_N = max(32, triton.next_power_of_2(N))
+        if (WHOLE // 2 if wide else WHOLE) >= N:
+            BLOCK = max(16, triton.next_power_of_2(N))
             _whole_kernel[(B * H,)](
-                q, k, s, key_bias, out, H, *strides, scale, ITERATIONS=iterations, N=N, D=D, BLOCK_M=32,
-                BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=max(4, BLOCK_N // 16), **FLAGS,
+                q, k, s, key_bias, out, H, *strides, scale, ITERATIONS=iterations, N=N, D=D, BLOCK=BLOCK,
+                BLOCK_D=BLOCK_D, num_warps=8 if BLOCK == WHOLE else 4, **MATMUL_FLAGS,
             )  # fmt: skip
             return out
-        BLOCK = 64
-        form = {"N": N, "D": D, "BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "BLOCK_D": BLOCK_D, "num_warps": 4} | FLAGS
+        BLOCK, num_warps = 64, 8 if wide else 4
+        form = {"N": N, "D": D, "BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
+        form |= MATMUL_FLAGS
         blocks = triton.cdiv(N, BLOCK)
         top, factor, spare = torch.empty((3, *s.shape), dtype=s.dtype, device=s.device)
         _rows_kernel[(B * H * blocks,)](q, k, key_bias, top, factor, H, blocks, *strides, scale, **form)
