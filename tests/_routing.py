@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import torch.nn.functional as F
 from _vits import pixels, spread, vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,13 +20,14 @@ STATIC, DYNAMIC = recipes.W8A8, recipes.W8A8_DYNAMIC
 
 
 class FloatBlock(Block):
-    """With attn_mask, as timm's."""
+    """With attn_mask, as timm's where its attention is not fused: a query that sees no key gets NaN."""
 
     def forward(self, x, attn_mask=None):
         def attend(y):
             q, k, v = self.attn.qkv(y).unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask)
-            return self.attn.proj(y.transpose(1, 2).flatten(2))
+            scores = self.attn.scale * q @ k.mT
+            scores = scores if attn_mask is None else scores.masked_fill(~attn_mask, -torch.inf)
+            return self.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
         x = x + attend(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -35,8 +37,10 @@ def float_blocks(depth=3):
     return [spread(FloatBlock(ViTConfig(dim=C, num_heads=2))).requires_grad_(False) for _ in range(depth)]
 
 
+@functools.cache
 def quant_blocks(recipe=STATIC, depth=3, **options):
-    return list(accelerate(vit(depth=depth, **options), recipe, [pixels()])[0].blocks)
+    """Shared: tests do not change them."""
+    return tuple(accelerate(vit(depth=depth, **options), recipe, [pixels()])[0].blocks)
 
 
 def blocks_for(mode):

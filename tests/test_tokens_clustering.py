@@ -88,6 +88,13 @@ def test_middle_blocks_see_centres_only():
     assert y.isfinite().all()
 
 
+def test_blocks_that_do_nothing_leave_prefix_and_centres():
+    x = torch.randn(2, 2 + 48, 5, generator=torch.Generator().manual_seed(0))
+    y = ClusteredBlocks([torch.nn.Identity()] * 3, 0, 2, (8, 6), (4, 3), tau=0.3, k=4, num_prefix_tokens=2)(x)
+    clusters = cluster(x[:, 2:].contiguous(), 8, 6, 4, 3, tau=0.3)
+    assert torch.equal(y, torch.cat([x[:, :2], reconstruct(clusters.centres, clusters, 0.3, 4)], 1))
+
+
 def test_permuted_images_are_permuted_results():
     model, _ = model_with_clusters(tau=0.05, norm="l1")
     images, order = torch.rand(4, 3, 48, 48), [2, 0, 3, 1]
@@ -126,6 +133,7 @@ def test_super_token_attention_is_attention_among_super_tokens():
     assert torch.equal(SuperTokenAttention(attention, (1, 1))(x), attention(x.flatten(1, 2)).view(x.shape))
     tokens = sample(x, (2, 3), iterations=2)
     assert tokens.values.shape == (2, 4, 8)
+    assert torch.equal(tokens.weight, sample(x, (2, 3), 2, 8**-0.5).weight)
     col, weight = tokens.index.flatten(1), tokens.weight.flatten(1)
     expected = ops.mix_tokens(attention(tokens.values), col, None, weight, width=9)
     assert torch.equal(SuperTokenAttention(attention, (2, 3), iterations=2)(x), expected.view(x.shape))

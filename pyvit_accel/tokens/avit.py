@@ -35,8 +35,7 @@ class Halting:
         total = self.total + score
         stops = self.active & (total > 1 - self.eps)
         weight = torch.where(stops, 1 - self.total, score).masked_fill(~self.active, 0.0)
-        self.total = torch.where(self.active, total, self.total)
-        self.active = self.active & ~stops
+        self.total, self.active = total, self.active & ~stops
         return weight
 
 

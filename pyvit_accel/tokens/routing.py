@@ -65,6 +65,8 @@ class Runner:
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
             came = f"mask {mask.dtype} {tuple(mask.shape)} of x {tuple(x.shape)}"
             raise ValueError(f"Runner: {came}; expected bool {tuple(x.shape[:2])}")
+        if x.numel() == 0:
+            return x.clone()
         if self.mode == "packed":
             return _packed(blocks, x, mask)
         if self.mode == "masked":
