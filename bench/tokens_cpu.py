@@ -1,0 +1,116 @@
+"""Fewer tokens on real models: what W8A8 with a schedule loses, and on ViT-B how fast it is.
+
+    PYVIT_ACCEL_DATA=data python bench/tokens_cpu.py accuracy --json tokens.json --chart tokens.png
+    python bench/tokens_cpu.py latency --json tokens_latency.json
+
+accuracy: one W8A8 model, calibrated on 32 training images, is given every schedule in turn; 650 validation images. Rows
+that the JSON file has already are kept, and it is written after each one.
+
+latency: ViT-B, random weights; W8A8 alone and with each schedule in turn, and how much of it plan and move take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from _tokens_chart import write_tokens_chart
+from _tokens_study import lost, macs_part, predictions, schedules
+from _tokens_time import measure_latency
+from recipes_cpu import BATCH, CALIBRATION, MODELS, first_images
+
+from pyvit_accel import accelerate, recipes
+from pyvit_accel.commands import float_model
+from pyvit_accel.images import ImageFolder
+from pyvit_accel.measure import machine
+from pyvit_accel.output import percent, table, write_json
+
+HEADER = ("model", "family", "schedule", "MACs", "top-1", "lost", "broken", "mended", "same")
+LATENCY_HEADER = ("batch", "schedule", "MACs", "ms an image", "speed-up", "plan and move, of the forward")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = parser.add_subparsers(required=True)
+    for name, run in (("accuracy", run_accuracy), ("latency", run_latency)):
+        command = sub.add_parser(name)
+        command.add_argument("--json", type=Path, required=True)
+        command.add_argument("--threads", type=int)
+        command.set_defaults(run=run)
+        if name == "accuracy":
+            command.add_argument("--chart", type=Path)
+        else:
+            command.add_argument("--rounds", type=int, default=15)
+            command.add_argument("--batches", type=int, nargs="+", default=(1, 8))
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.run(args)
+
+
+def run_accuracy(args: argparse.Namespace) -> None:
+    data = Path(os.environ["PYVIT_ACCEL_DATA"])
+    rows = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+    for name in MODELS:
+        measure_accuracy(name, data, rows, args.json)
+    print(table(HEADER, [cells(row) for row in rows]))
+    if args.chart:
+        write_tokens_chart(args.chart, rows)
+
+
+def measure_accuracy(name: str, data: Path, rows: list[dict], path: Path) -> None:
+    model = float_model(name, str(data / "weights" / f"{name}.fp16.safetensors"), {})
+    fast, _ = accelerate(model, recipes.W8A8, [first_images(data, "imagenet_train_256", CALIBRATION)])
+    folder = ImageFolder.open(data / "imagenet_val_227", data / "labels.json", 1000)
+    read = list(folder.batches(224, 3, BATCH))
+    batches, labels = [pixels for pixels, _ in read], torch.cat([labels for _, labels in read])
+    plain = predictions(fast, batches)
+    float_top1 = float((predictions(model, batches) == labels).double().mean())
+    done = {(row["model"], row["family"], row["schedule"]) for row in rows}
+    for family, schedule in schedules():
+        if (name, family, schedule.name) in done:
+            continue
+        row = {"model": name, "family": family, "schedule": schedule.name, "macs": macs_part(schedule, 192)}
+        row |= lost(fast, schedule, batches, labels, plain)
+        row["lost_of_float"] = float_top1 - row["top1"]
+        rows.append(row)
+        write_json(path, {"machine": machine(), "images": len(labels), "rows": rows})
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    return (
+        row["model"],
+        row["family"],
+        row["schedule"],
+        percent(row["macs"]),
+        percent(row["top1"]),
+        f"{100 * row['lost']:.2f}",
+        str(row["broken"]),
+        str(row["mended"]),
+        percent(row["agreement"]),
+    )
+
+
+def run_latency(args: argparse.Namespace) -> None:
+    rows = [row for batch in args.batches for row in measure_latency(batch, args.rounds)]
+    print(table(LATENCY_HEADER, [latency_cells(row) for row in rows]))
+    write_json(args.json, {"machine": machine(), "rounds": args.rounds, "rows": rows})
+
+
+def latency_cells(row: dict) -> tuple[str, ...]:
+    part = row["plan_and_move"]
+    return (
+        str(row["batch"]),
+        row["schedule"],
+        percent(row["macs"]),
+        f"{row['ms']:.2f}",
+        f"{row['speedup']:.2f}x",
+        "" if part is None else percent(part),
+    )
+
+
+if __name__ == "__main__":
+    main()
