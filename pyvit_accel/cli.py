@@ -7,6 +7,7 @@ progress to stderr.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import json
@@ -20,9 +21,11 @@ from pyvit_accel import commands, demo
 from pyvit_accel.measure import DIGITS
 from pyvit_accel.models import ARCHITECTURES, ViTConfig
 from pyvit_accel.recipes import RECIPES
+from pyvit_accel.tokens import METHODS, TokenSchedule
 
 MODELS = (DIGITS, *ARCHITECTURES)
 SMALLEST = "vit_tiny_patch16_224"
+SCHEDULE = 'a file that find_schedule saved, or "TOME(r=13)", "EVIT(rate=0.7, fuse=True)"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,10 +53,11 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="pyvit-accel", description="Make a trained vision transformer faster: int8 matmuls and attention."
     )
-    sub = top.add_subparsers(title="commands", required=True, metavar="{demo,accelerate,bench,info}")
+    sub = top.add_subparsers(title="commands", required=True, metavar="{demo,accelerate,bench,show-tokens,info}")
     _add_demo(sub)
     _add_accelerate(sub)
     _add_bench(sub)
+    _add_show_tokens(sub)
     _command(sub, "info", commands.run_info, "what this install has, and which implementation owns which op")
     return top
 
@@ -103,6 +107,7 @@ def _add_accelerate(sub) -> None:
     budget("--max-mib", type=_positive_float, metavar="MIB",
            help="instead of a recipe: the bits of each layer that lose least, the blocks' packed weights within it")
     budget("--max-ms", type=_positive_float, metavar="MS", help="the same, for the time of their matmuls of one image")
+    add("--tokens", type=_schedule, metavar="SCHEDULE", help=f"also leave tokens out: {SCHEDULE}")
     add("--images", type=Path, metavar="FOLDER", help="images to measure on, loose or in class folders")
     add("--labels", type=Path, metavar="FILE", help="their class indices, JSON or CSV: file and class")
     add("--calibration", type=Path, metavar="FOLDER",
@@ -118,15 +123,30 @@ def _add_accelerate(sub) -> None:
 
 
 def _add_bench(sub) -> None:
-    command = _command(sub, "bench", commands.run_bench, "latency and peak memory of float32 and accelerated models")
+    def check(args: argparse.Namespace) -> None:
+        if args.breakdown and args.tokens:
+            command.error("--breakdown times blocks that keep their tokens; leave --tokens out")
+
+    text = "latency and peak memory of float32 and accelerated models"
+    command = _command(sub, "bench", commands.run_bench, text, check)
     add = command.add_argument
     add("--models", type=_list(_model), default=[SMALLEST], metavar="A,B", help=f"default: {SMALLEST}")
     add("--batches", type=_list(_positive), default=[1, 8], metavar="1,8", help="batch sizes (default: 1,8)")
     recipes = f"default: {','.join(RECIPES)}; with --breakdown {commands.RECIPE}"
     add("--recipes", type=_list(_recipe), metavar="A,B", help=recipes)
+    add("--tokens", type=_schedule, metavar="SCHEDULE", help=f"every recipe also with fewer tokens: {SCHEDULE}")
     add("--breakdown", action="store_true", help="instead, where the time goes, phase by phase, and a roofline")
     add("--no-memory", dest="memory", action="store_false", help="do not start processes to measure memory")
     _add_results(command)
+
+
+def _add_show_tokens(sub) -> None:
+    text = "which patches of an image are left after every block, as a picture"
+    add = _command(sub, "show-tokens", commands.run_show_tokens, text).add_argument
+    add("--model", required=True, metavar="FILE", help=f"accelerated model, float weights, or a name like {DIGITS}")
+    add("--tokens", type=_schedule, metavar="SCHEDULE", help=f"{SCHEDULE} (default: the one in the file)")
+    add("--images", type=Path, nargs="+", required=True, metavar="FILE", help="images to show it on")
+    add("--output", type=Path, required=True, metavar="FILE", help="PNG to write")
 
 
 def _add_results(command: argparse.ArgumentParser) -> None:
@@ -157,6 +177,31 @@ def _model(text: str) -> str:
 
 def _recipe(text: str) -> str:
     return _one_of("recipe", text, RECIPES)
+
+
+def _schedule(text: str) -> TokenSchedule:
+    """A JSON file, or METHOD(name=value, ...): numbers, True, False, lists, and words, with quotes or without."""
+    call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text, re.DOTALL)
+    try:
+        if call is None and (text.lower() not in METHODS or Path(text).is_file()):
+            if not Path(text).is_file():
+                raise ValueError(f"{text!r} is neither a file nor METHOD(name=value)")
+            return TokenSchedule.load(text)
+        name, inside = (text, "") if call is None else call.groups()
+        _one_of("method", name.lower(), sorted(METHODS))
+        return TokenSchedule(name.lower(), dict(map(_argument, re.findall(r"[^,\[(]+(?:[\[(][^\])]*[\])])?", inside))))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{error}; methods: {', '.join(sorted(METHODS))}") from None
+
+
+def _argument(text: str) -> tuple[str, object]:
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name.isidentifier() or not value:
+        raise ValueError(f"{text.strip()!r} is not name=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _one_of(kind: str, text: str, known: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the commands accelerate, bench and info do, given their parsed arguments."""
+"""What the commands accelerate, bench, show-tokens and info do, given their parsed arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyvit_accel import backends
 from pyvit_accel.calibrate import Reconstruction, synthesize
 from pyvit_accel.convert import Recipe, accelerate
 from pyvit_accel.files import check_writable
-from pyvit_accel.images import ImageFolder
+from pyvit_accel.images import ImageFolder, read_image
 from pyvit_accel.measure import (
     DIGITS,
     Fidelity,
@@ -38,10 +38,13 @@ from pyvit_accel.models import (
     read_weights,
 )
 from pyvit_accel.output import Bar, note, percent, progress, require, table, write_chart, write_json, write_layer_chart
-from pyvit_accel.recipes import RECIPES, integer
-from pyvit_accel.serialize import read_header, save
+from pyvit_accel.recipes import RECIPES, integer, tokens
+from pyvit_accel.serialize import load, read_header, save
+from pyvit_accel.show_tokens import draw, token_pictures
 from pyvit_accel.timemap import map_time, measure_roofs, work_of
 from pyvit_accel.timemap_chart import write_timemap_chart
+from pyvit_accel.token_reduction import reduce_tokens
+from pyvit_accel.tokens import TokenSchedule
 
 FP32 = "fp32"
 LATENCY_HEADER = ("batch", "variant", "ms/image", "fastest", "speed-up")
@@ -68,6 +71,7 @@ def run_accelerate(args: argparse.Namespace) -> None:
     prepare_outputs(args)
     model = float_model(args.arch, args.weights, dict(args.override))
     config, recipe = model.config, _recipe(args)
+    check_schedule(args.tokens, model)
     images = None
     if args.images:
         images = ImageFolder.open(args.images, args.labels, config.num_classes)
@@ -79,6 +83,7 @@ def run_accelerate(args: argparse.Namespace) -> None:
         found = search(model, batches, max_mib=args.max_mib, max_ms=args.max_ms, reconstruction=_reconstruction(args))
         recipe = found.recipe
         print(found, end="\n\n")
+    recipe = with_tokens(recipe, args.tokens)
     fast, report = accelerate(model, recipe, batches)
     print(report, end="\n\n")
     models = {FP32: model, recipe.name: fast}
@@ -109,6 +114,20 @@ def run_accelerate(args: argparse.Namespace) -> None:
     if args.chart:
         groups = {f"batch {batch}": bars(of, batch, fidelity) for batch, of in latency.items()}
         write_chart(args.chart, f"{title}\n{machine_line()}", groups)
+
+
+def check_schedule(schedule: TokenSchedule | None, model: VisionTransformer) -> None:
+    """Before the work: whether the model has as many blocks and tokens. Raises ValueError."""
+    if schedule is None:
+        return
+    config = model.config
+    schedule.rows(config.depth, config.num_patches + config.num_prefix_tokens, config.num_prefix_tokens)
+    if any(step is not None and next(step.parameters(), None) is not None for step in schedule.steps(config.depth)):
+        raise ValueError(f"{schedule.name} has weights that are trained with the model; give it to reduce_tokens")
+
+
+def with_tokens(recipe: Recipe, schedule: TokenSchedule | None) -> Recipe:
+    return recipe if schedule is None else recipe + tokens(schedule)
 
 
 def float_model(arch: str | None, weights: str | None, overrides: dict) -> VisionTransformer:
@@ -202,9 +221,9 @@ def run_bench(args: argparse.Namespace) -> None:
     title = f"speed and memory only: random images, random weights (but for {DIGITS})"
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
-            models = recipe_variants(name, args.recipes)
+            models = recipe_variants(name, args.recipes, args.tokens)
             saved = {}
-            for variant in args.recipes if args.memory else ():
+            for variant in list(models)[1:] if args.memory else ():
                 saved[variant] = Path(folder, f"{name}.{variant}.safetensors")
                 save(models[variant], saved[variant])
             for batch in args.batches:
@@ -252,11 +271,13 @@ def run_breakdown(args: argparse.Namespace) -> None:
         write_timemap_chart(args.chart, machine_line(), maps, roofs)
 
 
-def recipe_variants(name: str, recipes: list[str]) -> dict[str, nn.Module]:
-    """The float model and its accelerated forms; calibration, where needed, on random images."""
+def recipe_variants(name: str, recipes: list[str], schedule: TokenSchedule | None = None) -> dict[str, nn.Module]:
+    """The float model, and accelerated ones without and with the schedule; calibration, if needed, on random images."""
     models = {FP32: build_model(name)}
+    check_schedule(schedule, models[FP32])
     for recipe in progress(recipes, f"{name}: accelerating"):
-        models[recipe] = convert(models[FP32], RECIPES[recipe])
+        variants = [RECIPES[recipe], *([] if schedule is None else [with_tokens(RECIPES[recipe], schedule)])]
+        models |= {variant.name: convert(models[FP32], variant) for variant in variants}
     return models
 
 
@@ -265,6 +286,32 @@ def convert(model: nn.Module, recipe: Recipe, calibration: list | None = None) -
     if recipe.needs_calibration:
         return accelerate(model, recipe, calibration or [random_images(model, 4)])[0]
     return accelerate(model, recipe)[0]
+
+
+def run_show_tokens(args: argparse.Namespace) -> None:
+    prepare_outputs(args)
+    require("matplotlib.figure")
+    if args.model in (DIGITS, *ARCHITECTURES):
+        model = build_model(args.model)
+        if args.model != DIGITS:
+            note(f"{args.model} has random weights here; pass a file of weights to see what a trained one keeps")
+    else:
+        model = load(args.model) if _is_accelerated(args.model) else float_model(None, args.model, {})
+    check_schedule(args.tokens, model)
+    if args.tokens is not None:
+        reduce_tokens(model, args.tokens)
+    elif "tokens" not in getattr(model, "pyvit_accel", {}):
+        raise ValueError(f"{args.model} keeps all its tokens; say with --tokens which to leave out")
+    pictures, config = {}, model.config
+    for path in args.images:
+        pictures[path.name] = token_pictures(model, read_image(path, config.image_size, config.in_channels)[0])
+    schedule = TokenSchedule(**model.pyvit_accel["tokens"]["schedule"])
+    draw(pictures, args.output, f"{Path(args.model).name}, {schedule.name}")
+    for name, of in pictures.items():
+        print(table((name, "tokens", "dropped", "merged"), [
+            ("all" if p.block < 0 else f"block {p.block}", p.tokens, p.dropped, p.merged) for p in of
+        ]))
+    print(f"\n{args.output} shows them")
 
 
 def run_info(args: argparse.Namespace) -> None:
