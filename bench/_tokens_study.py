@@ -17,10 +17,11 @@ PUBLISHED = (("deit-t", "0.8G"), ("deit-b", "11.5G"), ("mae-b", "11.5G"))
 
 
 def schedules() -> Iterator[tuple[str, TokenSchedule]]:
-    """Family and schedule, for 12 blocks of 197 tokens."""
-    for family, make, values in FAMILIES:
-        for value in values:
-            yield family, make(value)
+    """Family and schedule, for 12 blocks of 197 tokens; one of every family, about 30 % fewer multiply-adds, first."""
+    for place in range(max(len(values) for _, _, values in FAMILIES)):
+        for family, make, values in FAMILIES:
+            if place < len(values):
+                yield family, make(values[place])
 
 
 def _tome(inflect: float) -> Callable[[int], TokenSchedule]:

@@ -18,7 +18,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 from torch import nn
 
-from pyvit_accel import commands, demo, measure
+from pyvit_accel import TokenSchedule, cli, commands, demo, measure
 from pyvit_accel.cli import main
 from pyvit_accel.models import create_vit, digits_data, save_weights
 from pyvit_accel.output import Bar, table, write_chart, write_whole
@@ -140,11 +140,63 @@ def test_calibrates_on_all_images_when_there_are_few(digits, tmp_path, capsys):
     assert f"all {COUNT} images are needed for calibration" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text, method, arguments", [
+    ("TOME(r=13)", "tome", {"r": 13}),
+    (" evit( rate = 0.7, fuse=True , layers=(1, 2))", "evit", {"rate": 0.7, "fuse": True, "layers": [1, 2]}),
+    ("DIFFRATE(model=deit-s, budget=2.9G)", "diffrate", {"model": "deit-s", "budget": "2.9G"}),
+    ("diffrate(prune=[9, 7],merge=[8,5])", "diffrate", {"prune": [9, 7], "merge": [8, 5]}),
+    ("zero_tprune", "zero_tprune", {}),
+])  # fmt: skip
+def test_schedules_are_read(text, method, arguments):
+    assert cli._schedule(text) == TokenSchedule(method, arguments)
+
+
+def test_accelerate_with_tokens_and_show_them(digits, tmp_path, capsys):
+    """The schedule comes from a file, is saved with the model, and shown from there."""
+    TokenSchedule("evit", {"rate": 0.5, "layers": [1, 2]}).save(tmp_path / "s.json")
+    output, picture = tmp_path / "o.safetensors", tmp_path / "p.png"
+    args = ("--recipe", "W8A8_DYNAMIC", "--tokens", tmp_path / "s.json", "--batch", 1, "--rounds", 1)
+    assert run("accelerate", "--arch", "digits", *args, "--output", output) == 0
+    out, _ = capsys.readouterr()
+    assert "EVIT(rate=0.5, layers=[1, 2]): 65 to 65, 33, 17, 17" in out and "W8A8_DYNAMIC + EVIT" in out
+    images = (digits / "images" / "00.png", digits / "images" / "01.png")
+    assert run("show-tokens", "--model", output, "--images", *images, "--output", picture) == 0
+    out, _ = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines() if line.startswith(("all", "block"))]
+    assert rows == 2 * [["all", "65", "0", "0"], ["block", "1", "33", "32", "0"], ["block", "2", "17", "48", "0"]]
+    assert is_png(picture)
+
+
+def test_show_tokens_of_float_weights(digits, weights, tmp_path, capsys):
+    image = digits / "images" / "00.png"
+    args = ("--images", image, "--output", tmp_path / "p.png")
+    assert run("show-tokens", "--model", weights, "--tokens", "tome(r=3)", *args) == 0
+    assert "block 1      11" in capsys.readouterr().out and is_png(tmp_path / "p.png")
+    assert "keeps all its tokens; say with --tokens" in failing(capsys, "show-tokens", "--model", weights, *args)
+    deep = ("--model", weights, "--tokens", "DIFFRATE(model=deit-s, budget=2.9G)")
+    assert "the schedule has 12 blocks, the model 2" in failing(capsys, "show-tokens", *deep, *args)
+    trained = ("--model", weights, "--tokens", "sit(dim=64, layers=[1], patches=16)")
+    assert "has weights that are trained with the model" in failing(capsys, "show-tokens", *trained, *args)
+
+
+def test_bench_with_tokens(tmp_path):
+    args = ("--models", "digits", "--batches", "1", "--recipes", "W8A16", "--tokens", "tome(r=2)", "--rounds", 1)
+    assert run("bench", *args, "--no-memory", "--json", tmp_path / "b.json") == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["fp32", "W8A16", "W8A16 + TOME(r=2)"]
+
+
 @pytest.mark.parametrize("args, message", [
     ((), "the following arguments are required"),
     (("faster",), "invalid choice"),
     (("bench", "--models", "vit_tyni_patch16_224"), "did you mean vit_tiny_patch16_224?"),
     (("bench", "--recipes", "W8A8,W9"), "unknown recipe 'W9'"),
+    (("bench", "--tokens", "TOM(r=2)"), "unknown method 'tom'; did you mean tome?"),
+    (("bench", "--tokens", "absent.json"), "'absent.json' is neither a file nor METHOD(name=value); methods: "),
+    (("bench", "--tokens", "TOME(13)"), "'13' is not name=value"),
+    (("bench", "--tokens", "TOME(k=13)"), "unexpected keyword argument 'k'"),
+    (("bench", "--tokens", "evit(rate=7)"), "EViT: rate=7; use a part"),
+    (("bench", "--tokens", "tome(r=2)", "--breakdown"), "leave --tokens out"),
     (("bench", "--batches", "1,0"), "'0' is not a positive whole number"),
     (("bench", "--batches", ""), "'' is not a positive whole number"),
     (("accelerate", "--arch", "digits"), "--output"),
