@@ -153,10 +153,9 @@ class WindowReading:
     def apply(self, model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> list[str]:
         """Wrap the MLPs, whatever they have become. Returns their names. Raises Unsupported where a block took one."""
         for name in self.names:
-            try:
-                mlp = model.get_submodule(name)
-            except AttributeError:
-                raise Unsupported(f"{name} became part of a fused block, which reduce_tokens is for") from None
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), ReducingBlock):
+                raise Unsupported(f"{name} became part of a fused block, whose tokens a TokenSchedule reduces: use TOME")
+            mlp = model.get_submodule(name)
             model.set_submodule(name, MergedMlp(mlp, self.reduction.ratio, self.reduction.window).train(mlp.training))
         model.pyvit_accel = getattr(model, "pyvit_accel", {"recipe": "", "modules": []}) | {
             "tokens": self.reduction.to_dict()
@@ -228,7 +227,7 @@ def _blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockParts | None]]:
             try:
                 blocks[name] = module, adapter.parts(module)
             except Unsupported as reason:
-                raise Unsupported(f"{name}: {reason}: its tokens cannot be reduced") from None
+                raise Unsupported(f"{name}: {reason}: its tokens stay; for windows use recipes.WINDOW_MERGE") from None
     if not blocks:
         raise Unsupported(f"{type(model).__name__} has no block whose tokens can be reduced")
     return blocks

@@ -58,7 +58,7 @@ class ReducingBlock(nn.Module):
         index = lists = None
         if step is None:
             heads = self.heads(x)
-            if tokens is not None:
+            if tokens is not None and not self.restores:
                 index = _first(tokens, x)
         else:
             x = step.before(x, state)
@@ -70,7 +70,7 @@ class ReducingBlock(nn.Module):
         if step is not None:
             y = step.settle(y, state)
         y = self.feed_forward(y)
-        return state.restore(y) if self.restores else y[:, :tokens]
+        return (state.restore(y) if self.restores else y)[:, :tokens]
 
 
 def _first(tokens: int, x: Tensor) -> Tensor:
