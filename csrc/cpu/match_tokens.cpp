@@ -24,7 +24,10 @@ std::tuple<at::Tensor, at::Tensor> match_tokens(const at::Tensor& a_in, const at
   check_shape(b, {B, Nb, D}, "b");
   TORCH_CHECK_VALUE(topk >= 1 && 0 <= first && first <= Nb, "topk=", topk, " from token ", first, " of ", Nb);
   at::Tensor exclude;
-  if (exclude_in) check_dtype(*exclude_in, at::kInt, "exclude"), check_shape(*exclude_in, {B, Na}, "exclude"), exclude = exclude_in->contiguous();
+  if (exclude_in) {
+    check_dtype(*exclude_in, at::kInt, "exclude"), check_shape(*exclude_in, {B, Na}, "exclude");
+    exclude = exclude_in->contiguous();
+  }
   const at::Tensor value = at::empty({B, Na, topk}, a.options()), index = at::empty({B, Na, topk}, a.options().dtype(at::kInt));
   Match p = {};
   p.a = a.const_data_ptr<float>(), p.b = b.const_data_ptr<float>();
@@ -45,11 +48,13 @@ std::tuple<at::Tensor, at::Tensor> match_tokens(const at::Tensor& a_in, const at
 
 at::Tensor merge_pairs(const at::Tensor& value_in, const at::Tensor& index_in, int64_t N, int64_t merges, int64_t prefix) {
   check_dtype(value_in, at::kFloat, "value"), check_dtype(index_in, at::kInt, "index");
-  TORCH_CHECK_VALUE(value_in.dim() == 2 && value_in.size(1) == (N + 1) / 2, "value must be (B, ", (N + 1) / 2, "), got ", value_in.sizes());
+  TORCH_CHECK_VALUE(value_in.dim() == 2 && value_in.size(1) == (N + 1) / 2, "value must be (B, ", (N + 1) / 2, "), got ",
+                    value_in.sizes());
   check_shape(index_in, value_in.sizes(), "index");
   const at::Tensor value = value_in.contiguous(), index = index_in.contiguous();
   const int64_t B = value.size(0), Na = value.size(1), even = (prefix + 1) / 2, odd = prefix / 2, n = Na - even;
-  TORCH_CHECK_VALUE(0 <= prefix && prefix <= N && 0 <= merges && merges <= n, merges, " merges of ", N, " tokens, a prefix of ", prefix);
+  TORCH_CHECK_VALUE(0 <= prefix && prefix <= N && 0 <= merges && merges <= n, merges, " merges of ", N,
+                    " tokens, a prefix of ", prefix);
   const at::Tensor rows = at::empty({B, N}, index.options());
   const float* const values = value.const_data_ptr<float>();
   const int32_t* const partner = index.const_data_ptr<int32_t>();

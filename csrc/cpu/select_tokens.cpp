@@ -23,7 +23,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_tokens(const at::Tensor& s
   check_dtype(scores, at::kFloat, "scores");
   TORCH_CHECK_VALUE(scores.dim() == 2, "scores must be (B, N), got ", scores.sizes());
   const int64_t B = scores.size(0), N = scores.size(1), n = N - prefix;
-  TORCH_CHECK_VALUE(0 <= prefix && 0 <= keep && keep <= n, "keep=", keep, " and a prefix of ", prefix, " do not fit ", N, " tokens");
+  TORCH_CHECK_VALUE(0 <= prefix && 0 <= keep && keep <= n, "keep=", keep, " and a prefix of ", prefix, " do not fit ", N,
+                    " tokens");
   const at::Tensor index = ints(scores, {B, prefix + keep}), dropped = ints(scores, {B, n - keep}), inverse = ints(scores, {B, N});
   const float* x = scores.const_data_ptr<float>();
   int32_t *const index_out = index.data_ptr<int32_t>(), *const dropped_out = dropped.data_ptr<int32_t>(),
@@ -56,7 +57,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> split_tokens(const at
   TORCH_CHECK_VALUE(mask_in.dim() == 2, "mask must be (B, N), got ", mask_in.sizes());
   const at::Tensor mask = mask_in.contiguous();
   const int64_t B = mask.size(0), N = mask.size(1);
-  const at::Tensor index = ints(mask, {B, N}), count = ints(mask, {B}), cu_seqlens = ints(mask, {B + 1}), rows = ints(mask, {B * N});
+  const at::Tensor index = ints(mask, {B, N}), count = ints(mask, {B});
+  const at::Tensor cu_seqlens = ints(mask, {B + 1}), rows = ints(mask, {B * N});
   const bool* stays = mask.const_data_ptr<bool>();
   int32_t *const index_out = index.data_ptr<int32_t>(), *const counts = count.data_ptr<int32_t>(),
                  *const ends = cu_seqlens.data_ptr<int32_t>(), *const rows_out = rows.data_ptr<int32_t>();

@@ -70,7 +70,7 @@ def merge_pairs(value: Tensor, index: Tensor, num_tokens: int, merges: int, num_
     """Where each token goes when the `merges` most similar (even, odd) pairs become one token each: ToMe's step.
 
     value    (B, Na)  float32: of the tokens 0, 2, 4, ..., the similarity to their best of the tokens 1, 3, 5, ...
-    index    (B, Na)  int32: which, counted among those
+    index    (B, Na)  int32: which, counted among those; checked on the CPU only, where they merge
     merges   at most the even tokens that are not prefix, none where no odd token is left to merge with
     returns  (B, N)   int32: the new row of each of N = num_tokens, for group_tokens of N - merges groups
 
