@@ -278,7 +278,7 @@ def test_rows_that_do_not_exist(impl):
 def test_rows_that_do_not_exist_are_named():
     if not backends.HAS_CPU_KERNELS:
         pytest.skip("the CPU kernels were not built")
-    with pytest.raises(ValueError, match="index names row 23 of 23; use 0 to 22, or -1 for none"):
+    with pytest.raises(ValueError, match="index names row 23, but there are 23; use -1 for none"):
         ops.quantize(torch.zeros(R, 3), index=ints([0, 23]))
 
 

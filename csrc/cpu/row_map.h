@@ -78,7 +78,7 @@ class RowMap {
     const at::Tensor index = t->contiguous();
     for (int64_t m = 0; m < index.numel(); ++m) {
       const int32_t row = index.const_data_ptr<int32_t>()[m];
-      TORCH_CHECK_VALUE(row < rows, what, " names row ", row, " of ", rows, "; use 0 to ", rows - 1, ", or -1 for none");
+      TORCH_CHECK_VALUE(row < rows, what, " names row ", row, ", but there are ", rows, "; use -1 for none");
     }
     return index;
   }
