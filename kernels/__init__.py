@@ -2,7 +2,7 @@
 
 from .codebook_linear import codebook_linear
 from .local_assign import local_assign
-from .lowbit_linear import lowbit_linear
+from .lowbit_linear import lowbit_linear, lowbit_linear_scatter
 from .match_tokens import match_tokens, mean_heads, merge_pairs
 from .mix_tokens import mix_tokens
 from .norm_quant import norm_quant, norm_quant_dynamic
@@ -17,6 +17,7 @@ __all__ = [
     "group_tokens",
     "local_assign",
     "lowbit_linear",
+    "lowbit_linear_scatter",
     "match_tokens",
     "mean_heads",
     "merge_pairs",

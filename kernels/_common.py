@@ -28,6 +28,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def shape_by(x: Tensor, index: Tensor | None) -> tuple[int, int]:
+    """(M, K) of the rows of x (R, K), or of those that index (M,) names."""
+    return (x if index is None else index).shape[0], x.shape[1]
+
+
 def aligned_rows(x: Tensor) -> Tensor:
     """x (M, K), or a copy padded with zeros: as many columns as the next multiple of 16, and such a stride and address.
 
@@ -146,23 +151,36 @@ def block_of(blocks_m, blocks_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def sources(offs_m, mask_m, index_ptr, out_index_ptr):
+    """The rows of x that rows of the result are computed from, and which are: those with an index of 0 or more."""
+    rows, live = offs_m, mask_m
+    if index_ptr is not None:
+        rows = tl.load(index_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
+        live = rows >= 0
+    if out_index_ptr is not None:
+        live &= tl.load(out_index_ptr + offs_m, mask=live, other=-1) >= 0
+    return rows, live
+
+
+@triton.jit
 def _finish(
     acc, offs_m, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, out_scale_ptr, y_ptr,
     stride_rm, out_zero_point,
     ACTIVATION: tl.constexpr, X_SCALE_PER_ROW: tl.constexpr, OUT_SCALE_PER_COLUMN: tl.constexpr, OUT_BITS: tl.constexpr,
+    index_ptr, out_index_ptr,
 ):  # fmt: skip
     mask_m, mask_n = offs_m < M, offs_n < N
+    rows, live = sources(offs_m, mask_m, index_ptr, out_index_ptr)
     w_scale = tl.load(w_scale_ptr + offs_n, mask=mask_n, other=0.0)
-    if X_SCALE_PER_ROW:
-        x_scale = tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
-    else:
-        x_scale = tl.load(x_scale_ptr)
+    x_scale = tl.load(x_scale_ptr + rows, mask=live, other=0.0)[None, :] if X_SCALE_PER_ROW else tl.load(x_scale_ptr)
     y = acc * (x_scale * w_scale[:, None])
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     y = activate(y, ACTIVATION)
     if layer_scale_ptr is not None:
         y *= tl.load(layer_scale_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    if out_index_ptr is not None:
+        offs_m, mask_m = tl.load(out_index_ptr + offs_m, mask=live, other=0).to(tl.int64), live
     mask = mask_n[:, None] & mask_m[None, :]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offs_m[None, :] * stride_rm + offs_n[:, None], mask=mask, other=0.0)
@@ -172,6 +190,8 @@ def _finish(
         else:
             out_scale = tl.load(out_scale_ptr)
         y = to_codes(y, tl.div_rn(1.0, out_scale), out_zero_point, OUT_BITS)
+    if index_ptr is not None:
+        y = tl.where(live[None, :], y, 0)
     tl.store(y_ptr + offs_m[None, :] * N + offs_n[:, None], y, mask=mask)
 
 
@@ -180,6 +200,7 @@ def epilogue(
     acc, start_m, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, out_scale_ptr, y_ptr,
     stride_rm, out_zero_point,
     ACTIVATION: tl.constexpr, X_SCALE_PER_ROW: tl.constexpr, OUT_SCALE_PER_COLUMN: tl.constexpr, OUT_BITS: tl.constexpr,
+    index_ptr=None, out_index_ptr=None,
 ):  # fmt: skip
     """What follows a matmul, from acc (features, rows) float32 to the stored y (rows, features).
 
@@ -193,16 +214,16 @@ def epilogue(
         _finish(
             first, offs_m, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr,
             out_scale_ptr, y_ptr, stride_rm, out_zero_point, ACTIVATION, X_SCALE_PER_ROW,
-            OUT_SCALE_PER_COLUMN, OUT_BITS,
+            OUT_SCALE_PER_COLUMN, OUT_BITS, index_ptr, out_index_ptr,
         )  # fmt: skip
         _finish(
             second, offs_m + 64, offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr,
             out_scale_ptr, y_ptr, stride_rm, out_zero_point, ACTIVATION, X_SCALE_PER_ROW,
-            OUT_SCALE_PER_COLUMN, OUT_BITS,
+            OUT_SCALE_PER_COLUMN, OUT_BITS, index_ptr, out_index_ptr,
         )  # fmt: skip
     else:
         _finish(
             acc, start_m + tl.arange(0, BLOCK_M), offs_n, M, N, x_scale_ptr, w_scale_ptr, bias_ptr, layer_scale_ptr,
             residual_ptr, out_scale_ptr, y_ptr, stride_rm, out_zero_point, ACTIVATION, X_SCALE_PER_ROW,
-            OUT_SCALE_PER_COLUMN, OUT_BITS,
+            OUT_SCALE_PER_COLUMN, OUT_BITS, index_ptr, out_index_ptr,
         )  # fmt: skip

@@ -8,7 +8,8 @@ goes once through memory, to planes (B, H, planes, D, N'), N' = N rounded up to 
                    bits, and float16 of any, one
     floats         float16 of v v_scale / max v_scale, less a power of two that brings the largest |v| of a head to 1
 
-Packed sequences start at multiples of 16 of their own, sequence s at cu[s] rounded up, plus 16 s.
+Packed sequences start at multiples of 16 of their own, sequence s at cu[s] rounded up, plus 16 s. What lies beyond the
+last is no value of a head: its scales may be any.
 """
 
 from __future__ import annotations
@@ -71,6 +72,13 @@ def is_ready(v: Tensor) -> bool:
     return v.dtype.itemsize == 1 and strides_fit and v.data_ptr() % 16 == 0
 
 
+def _largest(t: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """max t (B, H, N) over N, which ends where the last sequence does; t is not negative."""
+    if cu_seqlens is not None:
+        t = t.masked_fill(torch.arange(t.shape[2], device=t.device) >= cu_seqlens[-1], 0)
+    return t.amax(dim=2)
+
+
 def prepare(
     v: Tensor, v_scale: Tensor, v_bits: int, operand: torch.dtype, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -80,10 +88,10 @@ def prepare(
     if v.dtype == operand and cu_seqlens is None and is_ready(v):
         return v.mT[:, :, None], scale
     if operand == torch.float16 and v_scale.shape[2] > 1:
-        scale = v_scale.amax(dim=-1)
+        scale = _largest(v_scale, cu_seqlens)
         ratio = v_scale / scale.clamp_min(MIN_SCALE)[..., None]
     if v.dtype.itemsize > 1:
-        _, exponent = torch.frexp(v.abs().amax(dim=(2, 3)).float())
+        _, exponent = torch.frexp(_largest(v.abs().amax(dim=3).float(), cu_seqlens))
         scale = torch.ldexp(scale, exponent)
         ratio = torch.ldexp(torch.ones_like(v_scale) if ratio is None else ratio, -exponent[..., None])
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -337,7 +337,8 @@ def quant_attention(
     def zeros(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape if wanted else (0,), dtype=dtype, device=q.device)
 
-    out = torch.empty((B, Nq, H * D), dtype=torch.float32 if out_scale is None else torch.int8, device=q.device)
+    make = torch.zeros if packed else torch.empty  # what lies beyond the last sequence belongs to no program
+    out = make((B, Nq, H * D), dtype=torch.float32 if out_scale is None else torch.int8, device=q.device)
     cls, columns = zeros(emit_cls, B, H, Nk), zeros(emit_columns, B, H, Nk, dtype=torch.int64)
     lse = torch.full_like(zeros(emit_lse, B, H, Nq), -torch.inf)
     if out.numel() == 0 or Nk == 0:

@@ -20,6 +20,7 @@ OPS = (
     "norm_quant",
     "norm_quant_dynamic",
     "lowbit_linear",
+    "lowbit_linear_scatter",
     "weight_only_linear",
     "codebook_linear",
     "quant_attention",

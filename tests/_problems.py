@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -139,6 +140,14 @@ class Call:
         return self.op(*self.args, **self.kwargs)
 
 
+@wraps(ops.lowbit_linear_scatter)
+def scattered(out, *args, **kwargs):
+    """What the op makes of a copy of out."""
+    out = out.clone()
+    ops.lowbit_linear_scatter(out, *args, **kwargs)
+    return out
+
+
 def one_call_of_each() -> dict[str, Call]:
     """A small call of every op of backends.OPS, in float-out and codes-out form where there are both."""
     generator_state = torch.get_rng_state()
@@ -152,8 +161,11 @@ def one_call_of_each() -> dict[str, Call]:
         "layer_scale": torch.randn(N),
         "residual": torch.randn(M, N),
     }
+    index = torch.tensor([4, -1, 0, 4, M - 1, -1], dtype=torch.int32)
+    places = torch.tensor([2, 0, -1, 5, 1, 3], dtype=torch.int32)
     linear = (x_codes, torch.rand(M) * 0.1, w_packed, w_scale, torch.randn(N))
     epilogue_of_floats = {name: value for name, value in epilogue.items() if name != "x_zero_point"}
+    epilogue_of_sums = {name: value for name, value in epilogue.items() if name != "residual"}
     levels = torch.arange(256).float() - 128
     codebook = (x_codes.view(torch.uint8), torch.rand(M) * 0.1, levels, w_packed, w_scale, levels, torch.randn(N))
     q, k, v = codes("random", 3, B, M, H, D).transpose(2, 3)
@@ -166,10 +178,20 @@ def one_call_of_each() -> dict[str, Call]:
         "quantize_dynamic": Call(ops.quantize, (x,)),
         "quantize_dynamic above a minimum": Call(ops.quantize, (x - x.min(),), {"minimum": 0.0}),
         "quantize_dynamic with a table": Call(ops.quantize, (x,), {"table": codes("random", 256)}),
+        "quantize by an index": Call(ops.quantize, (x, vector, 3), {"index": index}),
+        "quantize_dynamic by an index": Call(ops.quantize, (x,), {"index": index}),
         "norm_quant": Call(ops.norm_quant, (x, vector, vector, vector)),
         "norm_quant_dynamic": Call(ops.norm_quant, (x, vector, vector)),
+        "norm_quant by an index": Call(ops.norm_quant, (x, vector, vector, vector), {"index": index}),
+        "norm_quant_dynamic by an index": Call(ops.norm_quant, (x, vector, vector), {"index": index}),
         "lowbit_linear": Call(ops.lowbit_linear, linear, epilogue),
         "lowbit_linear to codes": Call(ops.lowbit_linear, linear, epilogue | {"out_scale": torch.rand(N) + 0.1}),
+        "lowbit_linear by an index": Call(
+            ops.lowbit_linear, linear, epilogue | {"residual": torch.randn(6, N), "index": index}
+        ),
+        "lowbit_linear_scatter": Call(
+            scattered, (torch.randn(7, N), places, *linear), epilogue_of_sums | {"index": index}
+        ),
         "codebook_linear": Call(ops.codebook_linear, codebook, epilogue_of_floats),
         "codebook_linear to codes": Call(ops.codebook_linear, codebook, epilogue_of_floats | {"out_scale": vector[:1]}),
         "weight_only_linear": Call(ops.weight_only_linear, (x, w_packed, w_scale, torch.randn(N))),

@@ -314,10 +314,10 @@ def test_errors():
     grid = torch.zeros(3), torch.zeros(4)
     refuses(ValueError, "quant_attention: grid_bias is of 3 x 4 keys, k has 10", *args, grid_bias=grid)
     ends = torch.tensor([0, 4, 9], dtype=torch.int32)
-    text = "quant_attention: cu_seqlens [0, 4, 9] must ascend from 0 to 10"
-    refuses(ValueError, text, *args, cu_seqlens=ends)
+    text = "quant_attention: cu_seqlens [0, 4, 10] must ascend from 0 to at most 9"
+    refuses(ValueError, text, *args, cu_seqlens=torch.tensor([0, 4, 10], dtype=torch.int32))
     falling = torch.tensor([0, 12, 9], dtype=torch.int32)
-    text = "quant_attention: cu_seqlens [0, 12, 9] must ascend from 0 to 9"
+    text = "quant_attention: cu_seqlens [0, 12, 9] must ascend from 0 to at most 9"
     refuses(ValueError, text, *args, cu_seqlens=falling, cu_seqlens_k=torch.tensor([0, 4, 10], dtype=torch.int32))
     refuses(TypeError, "quant_attention: cu_seqlens must be int32", *args, cu_seqlens=ends.long())
     text = "quant_attention: packed sequences need B=1, no bias and no mask; got B=1"

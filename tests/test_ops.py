@@ -77,8 +77,13 @@ def test_backward_raises(name):
             return leaves[-1]
         return value
 
-    results = call.op(*map(with_gradient, call.args), **{k: with_gradient(v) for k, v in call.kwargs.items()})
+    args, kwargs = [with_gradient(a) for a in call.args], {k: with_gradient(v) for k, v in call.kwargs.items()}
     assert leaves or name == "split_tokens"  # which reads booleans
+    if name == "lowbit_linear_scatter":  # writes into an argument, so that there is no result to refuse later
+        with pytest.raises(RuntimeError, match="not implemented"):
+            call.op(*args, **kwargs)
+        return
+    results = call.op(*args, **kwargs)
     for result in (results,) if isinstance(results, Tensor) else results:
         if any(result is leaf for leaf in leaves):  # a static scale is handed back
             continue
@@ -167,6 +172,9 @@ def test_reference_has_the_strides_of_the_fake(name):
             fake = op(*laid_out)
         with backends.use_reference():
             real = op(*laid_out)
+        if name == "lowbit_linear_scatter":
+            assert fake is None and real is None
+            continue
         for f, r in zip(*((t,) if isinstance(t, Tensor) else t for t in (fake, real)), strict=True):
             assert (f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride())
 

@@ -25,18 +25,20 @@ INLINE void read_columns(Columns& c, const Epilogue& e, int64_t n, int64_t count
   if (e.out_scale) invert(c.out_inv_scale);
 }
 
-// What a tile cannot do in registers: an activation, or fewer features than it has columns. y (rows, kTiles * 16) holds
-// everything up to the bias.
+// What a tile cannot do in registers: an activation, fewer features than it has columns, rows that lie anywhere.
+// y (rows, kTiles * 16) holds everything up to the bias.
 template <Activation A>
 void finish(const Epilogue& epilogue, const Columns& c, const float* y, int64_t m, int rows, int64_t n, int64_t count) {
   const Epilogue e = epilogue;  // a copy: the codes written are bytes, which may alias the original
   const Codes codes = codes_of(e.out_scale ? e.out_bits : 8, e.out_zero_point);
+  int64_t row[kRows];
+  for (int r = 0; r < rows; ++r) row[r] = e.rows ? e.rows[m + r] : m + r;
   for (int64_t i = 0; i < count; i += kTile)
     for (int r = 0; r < rows; ++r) {
       vf x = activate<A>(load<vf>(y + r * kTiles * kTile + i));
       if (e.layer_scale) x = x * load<vf>(c.layer_scale + i);
-      if (e.residual) x = x + load_16<vf>(e.residual + (m + r) * e.residual_stride + n + i, count - i);
-      const int64_t at = (m + r) * e.out_stride + n + i;
+      if (e.residual) x = x + load_16<vf>(e.residual + row[r] * e.residual_stride + n + i, count - i);
+      const int64_t at = row[r] * e.out_stride + n + i;
       if (e.out_scale) store_16((int8_t*)e.out + at, to_code(x * load<vf>(c.out_inv_scale + i), codes), count - i);
       else store_16((float*)e.out + at, x, count - i);
     }
@@ -211,17 +213,18 @@ INLINE void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t tile
     const int64_t m1 = m0 + block < row_end ? m0 + block : row_end;
     for (int64_t m = m0; m < m1; ++m) {
       uint8_t* dst = rows + (m - m0) * x_stride;
+      const int64_t row = g.from ? g.from[m] : m;
       if constexpr (kOperand == Operand::floats) {
-        __builtin_memcpy(dst, (const float*)g.x + m * g.x_stride, g.K * sizeof(float));
+        __builtin_memcpy(dst, (const float*)g.x + row * g.x_stride, g.K * sizeof(float));
         __builtin_memset(dst + g.K * sizeof(float), 0, (padded - g.K) * sizeof(float));
       } else {
-        rewrite_row((const int8_t*)g.x + m * g.x_stride, dst, g.K, padded);
+        rewrite_row((const int8_t*)g.x + row * g.x_stride, dst, g.K, padded);
       }
     }
     for (int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
       p.tiles = tile_end - tile < kTiles ? 1 : kTiles;
       p.n = tile * kTile, p.count = g.N - p.n < p.tiles * kTile ? g.N - p.n : p.tiles * kTile;
-      p.direct = e.activation == Activation::none && p.count == p.tiles * kTile;
+      p.direct = e.activation == Activation::none && p.count == p.tiles * kTile && e.rows == nullptr;
       if (kOperand == Operand::floats && e.out_scale) p.direct = false;  // the float tile kernel writes floats only
       p.codes = p.direct && e.out_scale;
       read_columns(p.columns, e, p.n, p.count);

@@ -31,14 +31,15 @@ inline int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_nu
 
 inline const float* data_or_null(const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
-// What follows an M x N product: its tensors checked, contiguous and held; the output made.
+// What follows an M x N product: its tensors checked, contiguous and held; the output made, or `sum` (any, N), which the
+// product is added to.
 struct Finish {
   at::Tensor x_scale, w_scale, out;
   std::optional<at::Tensor> bias, layer_scale, residual, out_scale;
 
   Finish(int64_t M, const at::Tensor& x_scale_in, const at::Tensor& w_scale_in, const std::optional<at::Tensor>& bias_in,
          const std::optional<at::Tensor>& layer_scale_in, const std::optional<at::Tensor>& residual_in,
-         const std::optional<at::Tensor>& out_scale_in, int64_t out_bits) {
+         const std::optional<at::Tensor>& out_scale_in, int64_t out_bits, const std::optional<at::Tensor>& sum = std::nullopt) {
     const int64_t N = w_scale_in.numel();
     check_bits(out_bits);
     x_scale = float_vector(x_scale_in, M, "x_scale"), w_scale = *float_features(w_scale_in, N, "w_scale");
@@ -48,13 +49,19 @@ struct Finish {
       residual = contiguous_rows(*residual_in);
     }
     if (out_scale_in) out_scale = float_vector(*out_scale_in, N, "out_scale");
+    if (sum) {
+      check_dtype(*sum, at::kFloat, "out");
+      TORCH_CHECK_VALUE(sum->dim() == 2 && sum->size(1) == N, "out must be (R, ", N, "), got ", sum->sizes());
+      residual = out = contiguous_rows(*sum);
+      return;
+    }
     out = at::empty({M, N}, x_scale.options().dtype(out_scale ? at::kChar : at::kFloat));
   }
   Epilogue epilogue(std::string_view activation, int64_t out_zero_point, int64_t out_bits) {
     return {x_scale.const_data_ptr<float>(), x_scale.numel() > 1, w_scale.const_data_ptr<float>(), data_or_null(bias), 1, 0,
             parse_activation(activation), data_or_null(layer_scale), data_or_null(residual),
             residual ? residual->stride(0) : 0, data_or_null(out_scale), out_scale ? out_scale->numel() > 1 : 0,
-            out_zero_point, out_bits, out.data_ptr(), out.size(1)};
+            out_zero_point, out_bits, out.data_ptr(), out.stride(0)};
   }
 };
 

@@ -39,6 +39,7 @@ struct Epilogue {
   int64_t out_bits;
   void* out;
   int64_t out_stride;
+  const int32_t* rows = nullptr;  // where row m of residual and out lies; null: at m
 };
 
 struct Gemm {
@@ -57,6 +58,7 @@ struct Gemm {
   int64_t M, N, K;
   const uint8_t* then;  // what is read after this product, to be fetched at its end; may be null
   Epilogue epilogue;
+  const int32_t* from = nullptr;  // the row of x that row m is computed from; null: m
 };
 
 struct Rows {
@@ -76,6 +78,7 @@ struct Rows {
   const int8_t* table;  // dynamic only: what takes the place of the codes -128 .. 127; may be null
   int8_t* out;  // (M, K)
   float* out_scale;  // (M,), dynamic only
+  const int32_t *from = nullptr, *to = nullptr;  // the rows of x and of the results that row m is; null: m
 };
 
 // The probabilities (formats/softmax.py). A code c = L - k, 0 for an exact zero, stands for table[c].

@@ -1,6 +1,7 @@
 // quant_attention: int8 q, k, v (B, H, N, D), any strides over contiguous D, to (B, Nq, H * D) float32 or int8 codes.
 #include <ATen/ops/zeros.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -19,12 +20,12 @@ const float* strided(const at::Tensor& t, at::IntArrayRef shape, const char* wha
   return t.const_data_ptr<float>();
 }
 
-// Offsets of packed sequences, which bound every access: checked here as well.
+// Offsets of packed sequences, which bound every access: checked here as well. They may end before the tokens do.
 const int32_t* packed_ends(const at::Tensor& t, int64_t tokens, const char* what) {
   check_dtype(t, at::kInt, what);
   TORCH_CHECK_VALUE(t.dim() == 1 && t.is_contiguous() && t.numel() > 1, what, " must be (S + 1,), got ", t.sizes());
   const int32_t* ends = t.const_data_ptr<int32_t>();
-  TORCH_CHECK_VALUE(ends[0] == 0 && ends[t.numel() - 1] == tokens, what, " must reach from 0 to ", tokens);
+  TORCH_CHECK_VALUE(ends[0] == 0 && ends[t.numel() - 1] <= tokens, what, " must reach from 0 to at most ", tokens);
   for (int64_t i = 1; i < t.numel(); ++i) TORCH_CHECK_VALUE(ends[i - 1] <= ends[i], what, " must ascend");
   return ends;
 }
@@ -92,6 +93,11 @@ Results quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at
   if (emit_cls) a.cls = cls.data_ptr<float>();
   if (emit_lse) a.lse = lse.data_ptr<float>();
   if (emit_columns) a.columns = columns.data_ptr<float>();
+  if (a.q_ends) {  // what lies beyond the last sequence sees no key
+    const int64_t end = a.q_ends[sequences];
+    out.narrow(1, end, Nq - end).zero_();
+    if (emit_lse) lse.narrow(2, end, Nq - end).fill_(-INFINITY);
+  }
   if (q.numel()) parallel_attention(a, sequences, q_blocks);
   return {out, emit_cls ? cls.mean(1) : cls, lse, emit_columns ? columns.sum(2) : columns};
 }

@@ -46,6 +46,7 @@ template <bool kNorm>
 INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
   // The codes are bytes, which may alias anything: what the loops need is copied out of p first.
   const int64_t K = p.K, x_stride = p.x_stride, padded = round_up(K, 16);
+  const int32_t *from = p.from, *to = p.to;
   const float *weight = p.weight, *bias = p.bias, *scale_k = p.scale_stride ? p.scale : nullptr, minimum = p.minimum;
   const bool fixed = p.scale != nullptr, has_minimum = p.has_minimum;
   const vf inv = fixed ? 1.f / splat(*p.scale) : vf{};
@@ -54,17 +55,22 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
   float* const y = fixed ? nullptr : (float*)scratch(kBatch * padded * sizeof(float), 0);
   for (int64_t m = row_begin; m < row_end; m += kBatch) {
     const int rows = row_end - m < kBatch ? (int)(row_end - m) : kBatch;
-    const float* x = (const float*)p.x + m * x_stride;
-    int8_t* out = p.out + m * K;
+    const float* x[kBatch];
+    int64_t at[kBatch];
+    for (int r = 0; r < rows; ++r) {
+      x[r] = (const float*)p.x + (from ? from[m + r] : m + r) * x_stride;
+      at[r] = to ? to[m + r] : m + r;
+    }
     double mu[kBatch], variance[kBatch];
     float mean[kBatch], rstd[kBatch], peak[kBatch];
     if constexpr (kNorm) {
       for (int r = 0; r < kBatch; ++r) mu[r] = 0, variance[r] = 1;
-      for (int r = 0; r < rows; ++r) moments(x + r * x_stride, K, mu + r, variance + r);
+      for (int r = 0; r < rows; ++r) moments(x[r], K, mu + r, variance + r);
       for (int r = 0; r < kBatch; ++r) mean[r] = (float)mu[r], rstd[r] = (float)(1.0 / __builtin_sqrt(variance[r] + p.eps));
     }
     for (int r = 0; r < rows; ++r) {
-      const float *row = x + r * x_stride, center = kNorm ? mean[r] : 0, slope = kNorm ? rstd[r] : 0;
+      const float *row = x[r], center = kNorm ? mean[r] : 0, slope = kNorm ? rstd[r] : 0;
+      int8_t* const out = p.out + at[r] * K;
       vf most = {};
       for (int64_t k = 0; k < K; k += 16) {
         const int64_t n = K - k < 16 ? K - k : 16;
@@ -75,7 +81,7 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
         }
         if (fixed) {
           const vb q = to_code(v * (scale_k ? 1.f / load_16<vf>(scale_k + k, n) : inv), codes);
-          store_16(out + r * K + k, q, n);
+          store_16(out + k, q, n);
         } else {
           if (has_minimum) v = v - minimum;
           store(y + r * padded + k, v);
@@ -89,13 +95,14 @@ INLINE void quantize_rows(const Rows& p, int64_t row_begin, int64_t row_end) {
     float inverse[kBatch];
     for (int r = 0; r < rows; ++r) {
       const float scale = scale_of(p, peak[r]);
-      p.out_scale[m + r] = scale;
+      p.out_scale[at[r]] = scale;
       inverse[r] = 1.f / scale;
     }
     for (int r = 0; r < rows; ++r) {
+      int8_t* const out = p.out + at[r] * K;
       for (int64_t k = 0; k < K; k += 16)
-        store_16(out + r * K + k, to_code(load<vf>(y + r * padded + k) * inverse[r], codes), K - k);
-      steps.apply(out + r * K, K);
+        store_16(out + k, to_code(load<vf>(y + r * padded + k) * inverse[r], codes), K - k);
+      steps.apply(out, K);
     }
   }
 }

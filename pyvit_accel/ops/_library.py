@@ -9,6 +9,7 @@ where there is none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -34,6 +35,17 @@ def check_vector(op: str, name: str, t: Tensor | None, *lengths: int) -> None:
         raise TypeError(f"{op}: {name} must be float32, got {t.dtype}")
     if t.dim() != 1 or t.shape[0] not in lengths:
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; use {' or '.join(f'({n},)' for n in lengths)}")
+
+
+def check_index(op: str, name: str, index: Tensor | None, *lengths: int) -> None:
+    """Raise unless index is None, or int32 (M,), of one of the lengths if there are some."""
+    if index is None:
+        return
+    if index.dtype != torch.int32:
+        raise TypeError(f"{op}: {name} must be int32, got {index.dtype}")
+    if index.dim() != 1 or (lengths and index.shape[0] not in lengths):
+        wanted = " or ".join(f"({n},)" for n in lengths) or "(M,), one for each row of the result"
+        raise ValueError(f"{op}: {name} has shape {tuple(index.shape)}; use {wanted}")
 
 
 def check_bits(op: str, bits: int, name: str = "bits") -> None:
@@ -63,6 +75,18 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
     return getattr(torch.ops.pyvit_accel, name).default
 
 
+def _refuse(op: Callable, keyset: torch._C.DispatchKeySet, *args) -> None:
+    """The Autograd kernel of an op that writes into an argument: it refuses at once, for there is no result to do so.
+
+    torch.library has no register_autograd for such ops, and what C++ has for ops without a gradient lets them pass.
+    """
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise RuntimeError(f"derivative for {op.name()} is not implemented: integer codes have no gradient")
+    written = [a for a, s in zip(args, op._schema.arguments, strict=False) if s.is_write]
+    torch.autograd.graph.increment_version(written)
+    op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
 def finish() -> None:
     """Register the kernels this install has, after every op is defined."""
     if backends.HAS_TRITON:
@@ -75,6 +99,10 @@ def finish() -> None:
 
     for name in backends.OPS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit_accel::{name}", "Autograd"):
+            continue
+        op = getattr(torch.ops.pyvit_accel, name).default
+        if op._schema.is_mutable:
+            LIBRARY.impl(name, partial(_refuse, op), "Autograd", with_keyset=True)
             continue
 
         def backward(ctx, *grads, name=name) -> NoReturn:

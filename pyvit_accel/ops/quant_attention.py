@@ -83,7 +83,8 @@ def quant_attention(
     out_scale         (1,) | (H D,)     float32; None: the result is float32
     v_bits            2 to 8            of int8 v: up to 4, tensor cores multiply it once instead of twice
     cu_seqlens        (S + 1,)          int32: q, k, v are S sequences one after the other, B is 1, sequence s is the
-                                        tokens cu_seqlens[s] .. cu_seqlens[s + 1]; cu_seqlens_k: of k and v, if others
+                                        tokens cu_seqlens[s] .. cu_seqlens[s + 1]; cu_seqlens_k: of k and v, if others.
+                                        What lies beyond the last is capacity: not read, and zeros in the result
     max_seqlen        the most queries of a sequence; None: Nq. On a GPU blocks beyond it are not started
     emit              of "cls", "lse", "columns": returned after the result, in this order
     returns           (B, Nq, H D)      float32, or int8 codes when out_scale is given
@@ -155,5 +156,5 @@ def _check_packed(*pairs: tuple[Tensor, int]) -> None:
             raise TypeError(f"quant_attention: cu_seqlens must be int32 (S + 1,), got {ends.dtype} {tuple(ends.shape)}")
         if ends.device.type == "cpu":
             at = ends.tolist()
-            if at[0] != 0 or at[-1] != tokens or sorted(at) != at:
-                raise ValueError(f"quant_attention: cu_seqlens {at} must ascend from 0 to {tokens}")
+            if at[0] != 0 or at[-1] > tokens or sorted(at) != at:
+                raise ValueError(f"quant_attention: cu_seqlens {at} must ascend from 0 to at most {tokens}")

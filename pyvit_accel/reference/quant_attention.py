@@ -25,7 +25,7 @@ What the byte c_j drops goes to the key 16 further on (error diffusion), so the 
 probabilities, each below half a step, still add up to their share. Plain rounding loses them: with it the squared logit
 error of W8A8 is a third to a half larger (DeiT-Ti, ViT-Ti). v_max is taken over all keys, masked ones too.
 
-A row that sees no key gives zeros. Arguments and results: ops/quant_attention.py.
+A row that sees no key gives zeros, as do those beyond the last packed sequence. Arguments: ops/quant_attention.py.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def quant_attention(
         q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
         pairs = zip(pairwise(q_ends), pairwise(k_ends), strict=True)
         parts = [attend(slice(*rows), slice(*keys)) for rows, keys in pairs]
+        if q_ends[-1] < q.shape[2] or k_ends[-1] < k.shape[2]:
+            parts.append(_no_keys(q[:, :, q_ends[-1] :], k.shape[2] - k_ends[-1]))
     out, cls, lse, columns = (
         torch.cat([part[i] for part in parts], dim=dim) if wanted[i] else _not_wanted(q)
         for i, dim in enumerate((1, 1, 2, 2))
@@ -105,6 +107,13 @@ def _not_wanted(q: Tensor) -> Tensor:
     return q.new_empty(0, dtype=torch.float32)
 
 
+def _no_keys(q: Tensor, Nk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of queries that see none of Nk keys."""
+    B, H, Nq, D = q.shape
+    empty = q.new_zeros(B, Nq, H * D, dtype=torch.float32)
+    return empty, empty.new_zeros(B, Nk), empty.new_full((B, H, Nq), -torch.inf), empty.new_zeros(B, H, Nk)
+
+
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, softmax_scale: float,
     biases: list[Tensor], p_values: Tensor | None, *form,
@@ -113,8 +122,7 @@ def _attention(
     B, H, Nq, D = q.shape
     Nk = k.shape[2]
     if Nk == 0:
-        empty = q.new_zeros(B, Nq, H * D, dtype=torch.float32)
-        return empty, empty.new_zeros(B, 0), empty.new_full((B, H, Nq), -torch.inf), empty.new_zeros(B, H, 0)
+        return _no_keys(q, 0)
     s = (q.double() @ k.double().mT).float()
     if p_values is None:
         octave = 1 / LOG2_E
