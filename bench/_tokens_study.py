@@ -13,6 +13,7 @@ from pyvit_accel.tokens import macs
 from pyvit_accel.tokens.diffrate import SCHEDULES
 
 DEPTH, TOKENS = 12, 197
+FOUND_STEPS = (0.7, 0.65, 0.6, 0.75, 0.55, 0.8)
 PUBLISHED = (("deit-t", "0.8G"), ("deit-b", "11.5G"), ("mae-b", "11.5G"))
 
 
@@ -22,6 +23,14 @@ def schedules() -> Iterator[tuple[str, TokenSchedule]]:
         for family, make, values in FAMILIES:
             if place < len(values):
                 yield family, make(values[place])
+
+
+def found_schedules(curve: list[dict]) -> Iterator[tuple[str, TokenSchedule]]:
+    """Of the points of a FoundSchedule, the one that diverges least in every step of the multiply-adds."""
+    for most in FOUND_STEPS:
+        points = [point for point in curve if most - 0.05 < point["macs"] <= most]
+        if points:
+            yield "find_schedule", TokenSchedule(**min(points, key=lambda point: point["divergence"])["schedule"])
 
 
 def _tome(inflect: float) -> Callable[[int], TokenSchedule]:

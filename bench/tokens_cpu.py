@@ -1,10 +1,14 @@
 """Fewer tokens on real models: what W8A8 with a schedule loses, and on ViT-B how fast it is.
 
-    PYVIT_ACCEL_DATA=data python bench/tokens_cpu.py accuracy --json tokens.json --chart tokens.png
+    PYVIT_ACCEL_DATA=data python bench/tokens_cpu.py search --json search.json
+    PYVIT_ACCEL_DATA=data python bench/tokens_cpu.py accuracy --found search.json --json tokens.json --chart tokens.png
     python bench/tokens_cpu.py latency --json tokens_latency.json
 
+search: find_schedule on 96 training images that calibration did not see.
+
 accuracy: one W8A8 model, calibrated on 32 training images, is given every schedule in turn; 650 validation images. Rows
-that the JSON file has already are kept, and it is written after each one.
+that the JSON file has already are kept, and it is written after each one. Of those that the search tried, the least
+divergent of each twentieth of the multiply-adds is measured.
 
 latency: ViT-B, random weights; W8A8 alone and with each schedule in turn, and how much of it plan and move take.
 """
@@ -18,16 +22,19 @@ from pathlib import Path
 
 import torch
 from _tokens_chart import write_tokens_chart
-from _tokens_study import lost, macs_part, predictions, schedules
+from _tokens_study import found_schedules, lost, macs_part, predictions, schedules
 from _tokens_time import measure_latency
 from recipes_cpu import BATCH, CALIBRATION, MODELS, first_images
+from torch import Tensor, nn
 
-from pyvit_accel import accelerate, recipes
+from pyvit_accel import TokenSchedule, accelerate, find_schedule, recipes
 from pyvit_accel.commands import float_model
 from pyvit_accel.images import ImageFolder
 from pyvit_accel.measure import machine
 from pyvit_accel.output import percent, table, write_json
 
+SEARCHED = 96
+FAMILIES = ("tome, late", "diffrate", "diffrate, merging")
 HEADER = ("model", "family", "schedule", "MACs", "top-1", "lost", "broken", "mended", "same")
 LATENCY_HEADER = ("batch", "schedule", "MACs", "ms an image", "speed-up", "plan and move, of the forward")
 
@@ -35,15 +42,17 @@ LATENCY_HEADER = ("batch", "schedule", "MACs", "ms an image", "speed-up", "plan 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(required=True)
-    for name, run in (("accuracy", run_accuracy), ("latency", run_latency)):
+    for name, run in (("search", run_search), ("accuracy", run_accuracy), ("latency", run_latency)):
         command = sub.add_parser(name)
         command.add_argument("--json", type=Path, required=True)
         command.add_argument("--threads", type=int)
         command.set_defaults(run=run)
         if name == "accuracy":
             command.add_argument("--chart", type=Path)
+            command.add_argument("--found", type=Path)
         else:
             command.add_argument("--rounds", type=int, default=15)
+        if name == "latency":
             command.add_argument("--batches", type=int, nargs="+", default=(1, 8))
     args = parser.parse_args()
     if args.threads:
@@ -51,26 +60,47 @@ def main() -> None:
     args.run(args)
 
 
+def accelerated(name: str, data: Path) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The float model, W8A8, and training images that calibration did not see."""
+    model = float_model(name, str(data / "weights" / f"{name}.fp16.safetensors"), {})
+    images = first_images(data, "imagenet_train_256", CALIBRATION + SEARCHED)
+    fast, _ = accelerate(model, recipes.W8A8, [images[:CALIBRATION]])
+    return model, fast, images[CALIBRATION:]
+
+
+def run_search(args: argparse.Namespace) -> None:
+    data, found = Path(os.environ["PYVIT_ACCEL_DATA"]), {}
+    for name in MODELS:
+        _, fast, images = accelerated(name, data)
+        result = find_schedule(fast, images, max_drop=0.05, methods=FAMILIES, rounds=args.rounds)
+        print(f"{name}: {result}")
+        found[name] = result.to_dict()
+        write_json(args.json, {"machine": machine(), "models": found})
+
+
 def run_accuracy(args: argparse.Namespace) -> None:
     data = Path(os.environ["PYVIT_ACCEL_DATA"])
     rows = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+    found = json.loads(args.found.read_text())["models"] if args.found else {}
     for name in MODELS:
-        measure_accuracy(name, data, rows, args.json)
+        chosen = list(found_schedules(found[name]["curve"])) if name in found else []
+        measure_accuracy(name, data, [*chosen, *schedules()], rows, args.json)
     print(table(HEADER, [cells(row) for row in rows]))
     if args.chart:
         write_tokens_chart(args.chart, rows)
 
 
-def measure_accuracy(name: str, data: Path, rows: list[dict], path: Path) -> None:
-    model = float_model(name, str(data / "weights" / f"{name}.fp16.safetensors"), {})
-    fast, _ = accelerate(model, recipes.W8A8, [first_images(data, "imagenet_train_256", CALIBRATION)])
+def measure_accuracy(
+    name: str, data: Path, chosen: list[tuple[str, TokenSchedule]], rows: list[dict], path: Path
+) -> None:
+    model, fast, _ = accelerated(name, data)
     folder = ImageFolder.open(data / "imagenet_val_227", data / "labels.json", 1000)
     read = list(folder.batches(224, 3, BATCH))
     batches, labels = [pixels for pixels, _ in read], torch.cat([labels for _, labels in read])
     plain = predictions(fast, batches)
     float_top1 = float((predictions(model, batches) == labels).double().mean())
     done = {(row["model"], row["family"], row["schedule"]) for row in rows}
-    for family, schedule in schedules():
+    for family, schedule in chosen:
         if (name, family, schedule.name) in done:
             continue
         row = {"model": name, "family": family, "schedule": schedule.name, "macs": macs_part(schedule, 192)}

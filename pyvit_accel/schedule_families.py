@@ -13,6 +13,7 @@ from pyvit_accel.tokens import TokenSchedule
 from pyvit_accel.tokens.diffrate import SCHEDULES
 
 EVIT_PLACES = (0.25, 0.5, 0.75)  # of the depth
+FIRST = 1 / 6  # of the blocks, where what is merged costs most: left alone by the late families
 DIFFRATE_MODEL = ("mae-b", "11.5G")  # the published counts that cut evenly until the last block
 
 Make = Callable[[float, Sequence[float], int, int, int], TokenSchedule]
@@ -45,12 +46,21 @@ def _counts(
     return counts
 
 
+def _shaped(shape: Callable[[float], float], depth: int) -> list[tuple[float, float]]:
+    """All of it after the attention. shape: of 0 (first) to 1 (last block)."""
+    shares = [shape((layer + 0.5) / depth) for layer in range(depth)]
+    return [(0.0, share / sum(shares)) for share in shares]
+
+
+def _late(place: float) -> float:
+    return float(place > FIRST)
+
+
 def _pairs(method: str, shape: Callable[[float], float], **arguments: int) -> Make:
-    """r for every block, of a method that merges at most half of the patches. shape: of 0 (first) to 1 (last block)."""
+    """r for every block, of a method that merges at most half of the patches."""
 
     def make(part: float, weights: Sequence[float], depth: int, num_tokens: int, prefix: int) -> TokenSchedule:
-        shares = [shape((layer + 0.5) / depth) for layer in range(depth)]
-        profile = [(0.0, share / sum(shares)) for share in shares]
+        profile = _shaped(shape, depth)
         N, r = num_tokens, []
         for _, wanted in _counts(part, weights, profile, num_tokens, prefix):
             r.append(min(max(N - wanted, 0), (N - prefix) // 2))
@@ -60,12 +70,13 @@ def _pairs(method: str, shape: Callable[[float], float], **arguments: int) -> Ma
     return make
 
 
-def _diffrate(part: float, weights: Sequence[float], depth: int, num_tokens: int, prefix: int) -> TokenSchedule:
-    profile = _published(depth)
-    counts = _counts(part, weights, profile, num_tokens, prefix)
-    # A row that merges needs one to merge into.
-    prune, merge = ([max(n, min(prefix + 1, num_tokens)) for n in of] for of in zip(*counts, strict=True))
-    return TokenSchedule("diffrate", {"prune": prune, "merge": merge})
+def _diffrate(profile: Callable[[int], list[tuple[float, float]]]) -> Make:
+    def make(part: float, weights: Sequence[float], depth: int, num_tokens: int, prefix: int) -> TokenSchedule:
+        counts = _counts(part, weights, profile(depth), num_tokens, prefix)
+        prune, merge = (list(of) for of in zip(*counts, strict=True))
+        return TokenSchedule("diffrate", {"prune": prune, "merge": merge})
+
+    return make
 
 
 def _published(depth: int) -> list[tuple[float, float]]:
@@ -114,8 +125,10 @@ def _random(part: float, weights: Sequence[float], depth: int, num_tokens: int, 
 FAMILIES = {
     "tome": Family(_pairs("tome", lambda place: 1.0)),
     "tome, falling": Family(_pairs("tome", lambda place: 1.0 - place)),
+    "tome, late": Family(_pairs("tome", _late)),
     "tofu": Family(_pairs("tofu", lambda place: 1.0, switch=2), drops=True),
-    "diffrate": Family(_diffrate, drops=True),
+    "diffrate": Family(_diffrate(_published), drops=True),
+    "diffrate, merging": Family(_diffrate(lambda depth: _shaped(_late, depth)), drops=True),
     "evit": Family(_evit(False), drops=True, weighted=False),
     "evit, fused": Family(_evit(True), drops=True, weighted=False),
     "zero_tprune": Family(_zero_tprune, drops=True, weighted=False),

@@ -36,12 +36,12 @@ from pyvit_accel.schedule_families import FAMILIES
 from pyvit_accel.token_reduction import reduce_tokens
 from pyvit_accel.tokens import TokenSchedule, macs
 
-METHODS = ("tome", "tome, falling", "diffrate", "evit", "evit, fused")
+METHODS = ("tome", "tome, falling", "tome, late", "diffrate", "diffrate, merging", "evit")
 TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the blocks' time
 COUNTS = 9  # token counts at which a block is timed; between them its time is on a line
 TABLE_ROUNDS = 15
 HALVINGS = 14  # of `part`: below one token of thousands
-TURNED = (1.6, 0.625)  # a block's weight, up and down
+TURNED = (1.5, 1 / 1.5)  # a block's weight, up and down
 FASTER = 0.97  # a refined schedule is driven on while it stays within max_drop, to this part of its time each time
 
 
@@ -364,7 +364,8 @@ class _Search:
         for layer, turn in progress(_turns(self.depth, tries - tries // 4), "counts of single blocks"):
             turned = [w * turn if i == layer else w for i, w in enumerate(weights)]
             point = self._try(family, cost, turned)
-            if point.divergence < best.divergence:
+            reached = self._cost(self._rows(point.schedule)) <= cost  # not when all that can merge does
+            if reached and point.divergence < best.divergence:
                 best, weights = point, turned
         for _ in range(tries // 4):
             cost *= FASTER

@@ -22,7 +22,7 @@ from pyvit_accel.token_reduction import token_state
 DARK = 0.22  # of a dropped patch's brightness
 LEAST_SIDE = 16  # pixels of a patch: narrower ones are enlarged, for their outlines
 OUTLINE = (255, 255, 255)
-COLUMNS = 6
+COLUMNS = 7
 INCHES = 2.4
 
 

@@ -63,8 +63,9 @@ def test_outline_goes_around_a_group():
     """Between two patches of one group there is no line; towards other tokens, and at the image's edge, there is."""
     from pyvit_accel.show_tokens import _canvas, _picture
 
-    row = torch.tensor([[3, 3, 1], [2, 4, 5]])
+    row = torch.tensor([[3, 3, 0], [2, 4, 5]])  # the last of the first row went into the class token
     picture = _picture(0, 6, row, 1, _canvas(torch.zeros(3, 32, 48, dtype=torch.uint8), 2, 3))
+    assert (picture.dropped, picture.merged) == (1, 2)
     s = LEAST_SIDE
     white = (picture.pixels == WHITE).all(-1)
     assert white[0, : 2 * s].all() and white[s - 1, : 2 * s].all() and white[:s, 0].all() and white[:s, 2 * s - 1].all()
