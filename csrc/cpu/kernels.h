@@ -117,7 +117,7 @@ struct Attention {
   const int32_t *q_ends, *k_ends;  // Nq and Nk are then those of all sequences
 };
 
-// Rows that floats of some type come in, and go out in; sums are float32.
+// Of the rows that come in and go out; sums are float32.
 enum class Float : int64_t { float32, float16, bfloat16 };
 
 // Row m of image b, item b M + m, from the entries ptr[m] .. ptr[m + 1] of col and weight.
