@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLAGS, vector
+from ._common import MATMUL_FLAGS, vector
 
 STREAMS = 4
 
@@ -81,7 +81,7 @@ def mix_tokens(
             x, col.contiguous(), vector(ptr), vector(weight), base, y, C, L, M, width, x.stride(0), x.stride(1),
             0 if base is None else base.stride(0), 0 if base is None else base.stride(1),
             MEAN=reduce != "sum", MLERP=reduce == "mlerp", STREAMS=STREAMS, BLOCK_C=BLOCK_C,
-            num_warps=max(1, min(8, BLOCK_C // 256)), **FLAGS,
+            num_warps=max(1, min(8, BLOCK_C // 256)), **MATMUL_FLAGS,
         )  # fmt: skip
     return y
 

@@ -114,7 +114,7 @@ def _step_kernel(
     for start in range(0, N, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         scores = _scores(q_ptr, k_ptr, bias_ptr, rows, keys, stride_qn, stride_kn, scale, N, D, BLOCK_D)
-        top = tl.load(top_ptr + head * N + rows, mask=rows < N, other=0.0)
+        top = tl.load(top_ptr + head * N + rows, mask=rows < N, other=float("inf"))
         share = tl.load(s_ptr + head * N + rows, mask=rows < N, other=0.0)
         share *= tl.load(factor_ptr + head * N + rows, mask=rows < N, other=0.0)
         acc += _exponentials(scores, top) * share[:, None]

@@ -154,7 +154,7 @@ class WindowReading:
         """Wrap the MLPs, whatever they have become. Returns their names. Raises Unsupported where a block took one."""
         for name in self.names:
             if isinstance(model.get_submodule(name.rpartition(".")[0]), ReducingBlock):
-                raise Unsupported(f"{name} became part of a fused block, whose tokens a TokenSchedule reduces: use TOME")
+                raise Unsupported(f"{name} became part of a fused block, whose tokens a TokenSchedule reduces")
             mlp = model.get_submodule(name)
             model.set_submodule(name, MergedMlp(mlp, self.reduction.ratio, self.reduction.window).train(mlp.training))
         model.pyvit_accel = getattr(model, "pyvit_accel", {"recipe": "", "modules": []}) | {

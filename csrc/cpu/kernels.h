@@ -142,7 +142,7 @@ struct MeanHeads {
   float* out;  // (B, N, D)
 };
 
-// Rows that floats of some type come in, and go out in; sums are float32.
+// Of the rows that come in and go out; sums are float32.
 enum class Float : int64_t { float32, float16, bfloat16 };
 
 // Row m of image b, item b M + m, from the entries ptr[m] .. ptr[m + 1] of col and weight.
