@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,8 +131,10 @@ def test_measured_latency_and_accelerated_models():
     assert found.schedule == (candidate if point.speedup > 1 else None)
 
 
-def test_the_time_of_a_block_grows_with_its_tokens():
-    """Whatever was measured, so that the search can halve; the parts are those of one block."""
+def test_the_time_of_a_block_grows_with_its_tokens(monkeypatch):
+    """Whatever a clock that stumbles says, so that the search can halve."""
+    ticks = itertools.accumulate(1 + (7 * i) % 11 + (13 * i) % 17 for i in itertools.count())
+    monkeypatch.setattr(schedule_search, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     model = digits_model()
     search = schedule_search._Search(model, digits_model(), [digits(4)[0]], None, 0.1, 4, 1)
     counts, table = list(search.seconds), list(search.seconds.values())
