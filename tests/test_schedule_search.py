@@ -15,8 +15,8 @@ from torch import nn
 from pyvit_accel import TokenSchedule, Unsupported, accelerate, find_schedule, recipes, reduce_tokens, schedule_search
 from pyvit_accel.models import digits_model
 from pyvit_accel.modules.token_step import Rows
+from pyvit_accel.schedule_curve import FoundSchedule, Point, pareto
 from pyvit_accel.schedule_families import FAMILIES
-from pyvit_accel.schedule_search import FoundSchedule, Point, pareto
 
 QUICK = {"rounds": 1, "batch": 2, "refine": 0}
 
@@ -122,13 +122,15 @@ def test_refining_lowers_the_divergence_at_the_same_cost(steady):
 def test_measured_latency_and_accelerated_models():
     """On a model that is accelerated, and has a schedule: it is compared with all tokens, and keeps its own."""
     images, labels = digits(32)
-    fast, _ = accelerate(digits_model(), recipes.W8A8 + recipes.TOME(4), [images])
-    candidate = TokenSchedule("evit", {"rate": 0.5, "layers": [1]})
-    found = find_schedule(fast, images, labels, max_drop=0.9, methods=[], candidates=[candidate], **QUICK)
-    (point,) = found.curve
-    assert point.schedule == candidate and point.ms > 0 and point.plain_ms > 0 and 0 < point.macs < 0.8
-    assert fast.pyvit_accel["tokens"]["schedule"]["arguments"]["r"] == 4
-    assert found.schedule == (candidate if point.speedup > 1 else None)
+    fast, _ = accelerate(digits_model(), recipes.W8A8 + recipes.TOME(12), [images])
+    given = [TokenSchedule("tome", {"r": 0}), TokenSchedule("evit", {"rate": 0.5, "layers": [1]})]
+    found = find_schedule(fast, images, labels, max_drop=0.9, methods=[], candidates=given, **QUICK)
+    none, point = found.curve
+    assert [none.schedule, point.schedule] == given and point.ms > 0 and point.plain_ms > 0
+    assert none.macs == 1 and abs(none.divergence) < 1e-9 < point.divergence and 0 < point.macs < 0.8
+    assert fast.pyvit_accel["tokens"]["schedule"]["arguments"]["r"] == 12
+    fastest = max(found.curve, key=lambda p: p.speedup)
+    assert found.schedule == (fastest.schedule if fastest.speedup > 1 else None)
 
 
 def test_the_time_of_a_block_grows_with_its_tokens(monkeypatch):
