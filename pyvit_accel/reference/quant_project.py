@@ -41,7 +41,7 @@ def quant_project(
     if col is not None:
         residual = ops.mix_tokens(residual, col, ptr, weight, None, 1, "sum" if ptr is None else "mean")
     B, M, C = residual.shape
-    codes, scale = ops.quantize_dynamic(x.reshape(B * M, -1), None, x_bits, x_clip, None)
+    codes, scale = ops.quantize_dynamic(x.flatten(0, 1), None, x_bits, x_clip, None)
     rows = residual.reshape(B * M, C)
     y = ops.lowbit_linear(codes, scale, w, w_scale, bias, 0, "none", layer_scale, rows, None, 0, 8)
     return y.view(B, M, C)
