@@ -39,6 +39,7 @@ COUNTS = 9  # token counts at which a block is timed; between them its time is o
 TABLE_ROUNDS = 15
 HALVINGS = 14  # of `part`: below one token of thousands
 TURNED = (1.5, 1 / 1.5)  # a block's weight, up and down
+BUSY = 1.5
 FASTER = 0.97  # a refined schedule is driven on while it stays within max_drop, to this part of its time each time
 
 
@@ -80,6 +81,8 @@ def find_schedule(
     for name in progress(names, "families of schedules"):
         search.walk(name)
     search.refine(refine)
+    if search.stumbled:
+        warnings.warn("find_schedule: median latencies are far above the fastest; other work runs here", stacklevel=2)
     best = search.fastest()
     schedule = None if best is None else best.schedule
     return FoundSchedule(schedule, tuple(search.points.values()), max_drop, search.images, len(search.few))
@@ -124,6 +127,7 @@ class _Search:
     ) -> None:  # fmt: skip
         self.plain, self.work, self.batches, self.labels = plain, work, batches, labels
         self.max_drop, self.rounds = max_drop, rounds
+        self.stumbled = False  # whether a latency was measured while other work ran
         self.images = sum(len(b) for b in batches)
         self.few = torch.cat([b[:batch] for b in batches[:batch]])[:batch]
         self.points: dict[str, Point] = {}
@@ -234,6 +238,7 @@ class _Search:
                     start = _now(self.few)
                     model(self.few)
                     times[model].append(1e3 * (_now(self.few) - start) / len(self.few))
+        self.stumbled = self.stumbled or any(median(of[1:]) > BUSY * min(of[1:]) for of in times.values())
         ms, plain_ms = (median(of[1:]) for of in times.values())
         return ms, plain_ms
 

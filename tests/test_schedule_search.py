@@ -149,6 +149,16 @@ def test_the_time_of_a_block_grows_with_its_tokens(monkeypatch):
     assert sum(table[3]) <= middle <= table[4][0] + table[3][1]
 
 
+def test_says_that_other_work_runs(monkeypatch):
+    search = schedule_search._Search(digits_model(), digits_model(), [digits(2)[0]], None, 0.1, 2, 4)
+    for slow, told in ((1, False), (3, True)):
+        ticks = itertools.accumulate(1 + (slow - 1) * (i > 10) for i in itertools.count())
+        monkeypatch.setattr(schedule_search, "time", SimpleNamespace(perf_counter=lambda ticks=ticks: next(ticks)))
+        search.stumbled = False
+        search._latency()
+        assert search.stumbled == told
+
+
 def point(speedup: float, lost: float) -> Point:
     return Point("tome", TokenSchedule("tome", {"r": round(100 * speedup)}), 0.5, lost, 1 - lost, 0.0, 1 / speedup, 1.0)
 
