@@ -7,8 +7,8 @@ from pathlib import Path
 from pyvit_accel.files import write_whole
 from pyvit_accel.output import GREY, PALETTE, require
 
-MARKERS = "osD^vP*Xhp"
-COLOURS = (*PALETTE, "#222222", "#a05a2c", "#2c7f7f", "#c23b3b")
+MARKERS = "osD^vP*Xhp<>8d"
+COLOURS = (*PALETTE, "#222222", "#a05a2c", "#2c7f7f", "#c23b3b", "#7f7f1f", "#d17fb0", "#3f3f9f")
 BASELINE = "random"
 BAR = (70, 1.0)  # per cent of the multiply-adds, points
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pyvit_accel.tokens import TokenSchedule
 from pyvit_accel.tokens.diffrate import SCHEDULES
 
 EVIT_PLACES = (0.25, 0.5, 0.75)  # of the depth
 FIRST = 1 / 6  # of the blocks, where what is merged costs most: left alone by the late families
-DIFFRATE_MODEL = ("mae-b", "11.5G")  # the published counts that cut evenly until the last block
+EVEN, ENDING = ("mae-b", "11.5G"), ("deit-t", "0.8G")  # published; ENDING leaves the last block nearly nothing
 
 Make = Callable[[float, Sequence[float], int, int, int], TokenSchedule]
 
@@ -79,9 +80,9 @@ def _diffrate(profile: Callable[[int], list[tuple[float, float]]]) -> Make:
     return make
 
 
-def _published(depth: int) -> list[tuple[float, float]]:
-    """Cuts of DIFFRATE_MODEL, which sum to 1, resampled to the depth."""
-    prune, merge = SCHEDULES[DIFFRATE_MODEL]
+def _published(model: tuple[str, str], depth: int) -> list[tuple[float, float]]:
+    """Cuts of published counts, which sum to 1, resampled to the depth."""
+    prune, merge = SCHEDULES[model]
     left, gone = prune[0], [0.0]
     cuts: list[tuple[float, float]] = []
     for p, m in zip(prune, merge, strict=True):
@@ -127,7 +128,8 @@ FAMILIES = {
     "tome, falling": Family(_pairs("tome", lambda place: 1.0 - place)),
     "tome, late": Family(_pairs("tome", _late)),
     "tofu": Family(_pairs("tofu", lambda place: 1.0, switch=2), drops=True),
-    "diffrate": Family(_diffrate(_published), drops=True),
+    "diffrate": Family(_diffrate(partial(_published, EVEN)), drops=True),
+    "diffrate, ending": Family(_diffrate(partial(_published, ENDING)), drops=True),
     "diffrate, merging": Family(_diffrate(lambda depth: _shaped(_late, depth)), drops=True),
     "evit": Family(_evit(False), drops=True, weighted=False),
     "evit, fused": Family(_evit(True), drops=True, weighted=False),

@@ -33,7 +33,7 @@ from pyvit_accel.schedule_families import FAMILIES
 from pyvit_accel.token_reduction import reduce_tokens
 from pyvit_accel.tokens import TokenSchedule, macs
 
-METHODS = ("tome", "tome, falling", "tome, late", "diffrate", "diffrate, merging", "evit")
+METHODS = ("tome", "tome, falling", "tome, late", "diffrate", "diffrate, ending", "diffrate, merging", "evit")
 TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the blocks' time
 COUNTS = 9  # token counts at which a block is timed; between them its time is on a line
 TABLE_ROUNDS = 15
