@@ -51,25 +51,25 @@ class ReducingBlock(nn.Module):
         raise NotImplementedError
 
     def reduced(self, x: Tensor, tokens: int | None = None) -> Tensor:
-        """(B, N, C) to (B, M, C); tokens: only the first ones are wanted afterwards."""
+        """(B, N, C) to (B, M, C). tokens: only the first ones are wanted.
+
+        Of the prefix that is: no step after attention changes it, so there is none.
+        """
         state, step = self.state, self.step
         if self.is_first:
             state.start(x)
-        index = lists = None
-        if step is None:
-            heads = self.heads(x)
-            if tokens is not None and not self.restores:
-                index = _first(tokens, x)
-        else:
+        if step is not None:
             x = step.before(x, state)
-            heads = self.heads(x)
+        heads = self.heads(x)
+        if tokens is not None and tokens <= state.num_prefix_tokens and not self.restores:
+            index = _first(tokens, x)
+            return self.feed_forward(self.project(self.attend(heads, index), x, index, None))
+        index = lists = None
+        if step is not None:
             index = step.prune(heads, x, state)
             lists = step.merge(heads, x, state) if index is None else None
-        attended = self.attend(heads, index)
-        y = self.project(attended, x, index, lists)
-        if step is not None:
-            y = step.settle(y, state)
-        y = self.feed_forward(y)
+        y = self.project(self.attend(heads, index), x, index, lists)
+        y = self.feed_forward(y if step is None else step.settle(y, state))
         return (state.restore(y) if self.restores else y)[:, :tokens]
 
 
