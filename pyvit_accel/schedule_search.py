@@ -110,7 +110,7 @@ def _read(images: Tensor | Iterable[Tensor], labels: Tensor | Sequence | None) -
     if labels is None:
         return batches, None
     if not isinstance(labels, Tensor):
-        labels = torch.cat([torch.as_tensor(part).reshape(-1) for part in labels])
+        labels = torch.cat([torch.zeros(0, dtype=torch.long), *(torch.as_tensor(part).reshape(-1) for part in labels)])
     count = sum(len(b) for b in batches)
     if labels.shape != (count,) or labels.is_floating_point():
         came = f"labels {tuple(labels.shape)} of {labels.dtype} for {count} images"
@@ -131,7 +131,7 @@ class _Search:
         self.images = sum(len(b) for b in batches)
         self.few = torch.cat([b[:batch] for b in batches[:batch]])[:batch]
         self.points: dict[str, Point] = {}
-        self.found: dict[str, tuple[float, list[float]]] = {}  # part and weights of the families' schedules
+        self.weights: dict[str, list[float]] = {}  # of the families' schedules
         reduce_tokens(work, TokenSchedule("tome", {"r": 0}))
         self.blocks = [m for m in work.modules() if isinstance(m, ReducingBlock)]
         self.depth, self.layout = len(self.blocks), token_layout(work)
@@ -198,7 +198,7 @@ class _Search:
     def _rows(self, schedule: TokenSchedule) -> list[Rows]:
         return schedule.rows(self.depth, self.num_tokens, self.prefix)
 
-    def _made(self, family: str, cost: float, weights: Sequence[float]) -> tuple[TokenSchedule, float]:
+    def _made(self, family: str, cost: float, weights: Sequence[float]) -> TokenSchedule:
         """The schedule of a family that the table gives about this cost, and its part."""
         make, low, high = FAMILIES[family].make, 0.0, 1.0
 
@@ -208,7 +208,7 @@ class _Search:
         for _ in range(HALVINGS):
             part = (low + high) / 2
             low, high = (part, high) if self._cost(self._rows(at(part))) > cost else (low, part)
-        return at(high), high
+        return at(high)
 
     def add(self, family: str, schedule: TokenSchedule) -> Point:
         """Measure it, once."""
@@ -257,8 +257,8 @@ class _Search:
                 return
 
     def _try(self, family: str, cost: float, weights: list[float]) -> Point:
-        schedule, part = self._made(family, cost, weights)
-        self.found.setdefault(schedule.name, (part, weights))
+        schedule = self._made(family, cost, weights)
+        self.weights.setdefault(schedule.name, weights)
         return self.add(family, schedule)
 
     def refine(self, tries: int) -> None:
@@ -266,7 +266,7 @@ class _Search:
         best = self.fastest(weighted=True)
         if best is None:
             return
-        family, weights = best.family, self.found[best.schedule.name][1]
+        family, weights = best.family, self.weights[best.schedule.name]
         cost = self._cost(self._rows(best.schedule))
         for layer, turn in progress(_turns(self.depth, tries - tries // 4), "counts of single blocks"):
             turned = [w * turn if i == layer else w for i, w in enumerate(weights)]
@@ -283,7 +283,7 @@ class _Search:
         """Of those within max_drop that are faster than all tokens; weighted: whose counts can be refined."""
         allowed = [p for p in self.points.values() if p.lost <= self.max_drop and p.speedup > 1]
         if weighted:
-            allowed = [p for p in allowed if p.schedule.name in self.found and FAMILIES[p.family].weighted]
+            allowed = [p for p in allowed if p.schedule.name in self.weights and FAMILIES[p.family].weighted]
         return max(allowed, key=lambda p: p.speedup, default=None)
 
 

@@ -211,6 +211,8 @@ def test_heads_that_read_patches_get_merges_only(steady, monkeypatch):
     ({"methods": ["tome", "tomme"]}, "methods tomme are not among tome; tome, falling;"),
     ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels \(3,\) of torch.int64 for 4 images"),
     ({"labels": torch.zeros(4)}, r"labels \(4,\) of torch.float32 for 4 images"),
+    ({"labels": []}, r"labels \(0,\) of torch.int64 for 4 images"),
+    ({"labels": [torch.zeros(3, dtype=torch.int), [1.5]]}, r"labels \(4,\) of torch.float32 for 4 images"),
     ({"labels": torch.full((4,), 999)}, "none of 4 labels is what the model says"),
     ({"candidates": [TokenSchedule("tome", {"r": [1, 2, 3]})]}, "r has 3 entries, the model 2 blocks"),
 ])  # fmt: skip
