@@ -1,15 +1,15 @@
 """Latency of ViT-B with fewer tokens, and the part of it that planning and moving them takes.
 
-Plan: what the steps do, which is everything that a block without one does not. Move: what the projection takes longer
-for gathering or merging rows on the way, beside itself on as many rows that lie ready, and the gather of the queries.
+Plan: what the steps do, which is everything that a block without one does not. Move: what the attention and the
+projection take longer for gathering or merging rows on the way, beside themselves on as many rows that lie ready.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 from unittest.mock import patch
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pyvit_accel import TokenSchedule, accelerate, ops, recipes, reduce_tokens
 from pyvit_accel.measure import build_model, compare_latency, random_images
-from pyvit_accel.modules import quant_attention
 from pyvit_accel.modules.token_block import ReducingBlock
 
 MODEL, DIM = "vit_base_patch16_224", 768
@@ -87,37 +86,37 @@ def plan_ms(model: nn.Module, images: Tensor, rounds: int) -> float:
 
 def move_ms(model: nn.Module, images: Tensor, rounds: int) -> float:
     """Of one forward: each call that moves rows beside the same on rows that lie ready, in turn; medians."""
-    pairs: list[tuple[Callable, Callable | None]] = []
-    project, gather = ops.quant_project, quant_attention._gather
+    pairs: list[tuple[Callable, Callable]] = []
+    project, attend = ops.quant_project, ops.quant_attention
 
     def projected(x: Tensor, residual: Tensor, *weights: object, col=None, ptr=None, weight=None, **formats) -> Tensor:
-        y = project(x, residual, *weights, col=col, ptr=ptr, weight=weight, **formats)
+        lists = {"col": col, "ptr": ptr, "weight": weight}
+        y = project(x, residual, *weights, **lists, **formats)
         if col is not None:
             ready, kept = x[:, : y.shape[1]].contiguous(), residual[:, : y.shape[1]].contiguous()
-            lists = {"col": col, "ptr": ptr, "weight": weight}
-            moving = lambda: project(x, residual, *weights, **lists, **formats)  # noqa: E731
-            pairs.append((moving, lambda: project(ready, kept, *weights, **formats)))
+            moving = partial(project, x, residual, *weights, **lists, **formats)
+            pairs.append((moving, partial(project, ready, kept, *weights, **formats)))
         return y
 
-    def gathered(*args: object) -> object:
-        pairs.append((lambda: gather(*args), None))
-        return gather(*args)
+    def attended(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, *scales: object, q_index=None, **formats) -> Tensor:
+        chosen = {} if q_index is None else {"q_index": q_index}
+        if q_index is not None:
+            K = q_index.shape[1]
+            ready = q[:, :, :K].contiguous(), k, v, q_scale[..., :K] if q_scale.dim() == 3 else q_scale
+            moving = partial(attend, q, k, v, q_scale, *scales, **chosen, **formats)
+            pairs.append((moving, partial(attend, *ready, *scales, **formats)))
+        return attend(q, k, v, q_scale, *scales, **chosen, **formats)
 
-    with recording(projected, gathered):
+    with patch.object(ops, "quant_project", projected), patch.object(ops, "quant_attention", attended):
         model(images)
     total = 0.0
-    for moving, ready in pairs:
-        times: dict[Callable, list[float]] = {call: [] for call in (moving, ready) if call is not None}
+    for pair in pairs:
+        times: dict[Callable, list[float]] = {call: [] for call in pair}
         for i in range(rounds):
-            for call in list(times)[:: 1 if i % 2 else -1]:
+            for call in pair[:: 1 if i % 2 else -1]:
                 start = time.perf_counter()
                 call()
                 times[call].append(time.perf_counter() - start)
-        total += median(times[moving]) - (0.0 if ready is None else median(times[ready]))
+        moving, ready = (median(of) for of in times.values())
+        total += moving - ready
     return 1e3 * total
-
-
-@contextmanager
-def recording(projected: Callable, gathered: Callable) -> Iterator[None]:
-    with patch.object(ops, "quant_project", projected), patch.object(quant_attention, "_gather", gathered):
-        yield

@@ -10,7 +10,7 @@ import torch
 from _vits import pixels, vit
 from torch import nn
 
-from pyvit_accel import TokenSchedule, accelerate, recipes, reduce_tokens
+from pyvit_accel import TokenSchedule, accelerate, ops, recipes, reduce_tokens
 from pyvit_accel.modules.token_block import ReducingBlock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -72,11 +72,22 @@ def test_timing_leaves_the_model_as_it_was(schedule):
 
 
 def test_moves_are_seen(monkeypatch):
-    """Every call that moves rows is timed beside one on as many rows that lie ready; the gather of queries alone."""
-    images = pixels(2)
+    """Every projection that moves rows is timed beside one on as many rows that lie ready: here 5 s beside 3 s."""
+    images, clock, moving = pixels(2), [0.0], []
     fast, _ = accelerate(vit(), recipes.W8A8, [images])
     reduce_tokens(fast, TokenSchedule("evit", {"rate": 0.5, "layers": [0]}))
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(_tokens_time.time, "perf_counter", lambda: next(ticks))
+    project = ops.quant_project
+
+    def slow(x, residual, *args, col=None, **options):
+        clock[0] += 3 if col is None else 5
+        y = project(x, residual, *args, col=col, **options)
+        moving.append(col)
+        assert y.shape[1] == x.shape[1]
+        return y
+
+    monkeypatch.setattr(ops, "quant_project", slow)
+    monkeypatch.setattr(_tokens_time.time, "perf_counter", lambda: clock[0])
     with torch.inference_mode():
-        assert _tokens_time.move_ms(fast, images, 3) == pytest.approx(1e3)  # the projection's pair cancels
+        fast(images)
+        count = sum(col is not None for col in moving)
+        assert count > 0 and _tokens_time.move_ms(fast, images, 3) == pytest.approx(2e3 * count)
