@@ -329,7 +329,11 @@ def quant_attention(
     emit_cls: bool,
     emit_lse: bool,
     emit_columns: bool,
+    q_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if q_index is not None:  # a copy of some codes, a byte each, before floats are written
+        rows = q_index.long()[:, None].expand(-1, q.shape[1], -1)
+        q, q_scale = q.gather(2, rows[..., None].expand(*rows.shape, q.shape[3])), q_scale.gather(2, rows)
     (B, H, Nq, D), Nk = q.shape, k.shape[2]
     packed = cu_seqlens_q is not None
     sequences, longest = (cu_seqlens_q.shape[0] - 1, max_seqlen) if packed else (B, Nq)

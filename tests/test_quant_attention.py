@@ -320,3 +320,28 @@ def test_errors():
     text = "quant_attention: mask must be bool, got torch.float32; pass additive masks as bias"
     with pytest.raises(TypeError, match=message(text)):
         ops.quant_attention(q, k, v, *scales, mask=torch.zeros(9, 10))
+
+
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_queries_by_index(impl, variant):
+    """The rows of the queries that are asked for, in that order, some twice; biases are of those asked for."""
+    args, kwargs = problem(2, 3, 14, 30, 24, variant)
+    index = torch.randint(0, 14, (2, 9)).int()
+    rows = index.long()[:, None].expand(-1, 3, -1)
+    q, q_scale = args[0], args[3].expand(2, 3, 14)
+    own = (q.gather(2, rows[..., None].expand(-1, -1, -1, 24)), *args[1:3], q_scale.gather(2, rows), *args[4:])
+    biases = {}
+    for name, value in kwargs.items():
+        of_queries = value.dim() == 4 and value.shape[2] == 14
+        value = value.expand(2, 3, -1, -1) if of_queries else value
+        biases[name] = value.gather(2, rows[..., None].expand(-1, -1, -1, 30)) if of_queries else value
+    expected = impl(ops.quant_attention, *own, **biases)
+    assert_same_bits(impl(ops.quant_attention, *args, q_index=index, **biases), expected)
+
+
+def test_queries_by_index_are_checked(kernel):
+    args, _ = problem(2, 3, 5, 6, 8)
+    with pytest.raises(ValueError, match=r"q_index has 5, outside 0\.\.4"):
+        kernel(ops.quant_attention, *args, q_index=torch.full((2, 3), 5, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"q_index must be int32 \(B, Nq\), .*; got torch.int64 \(2, 3\)"):
+        kernel(ops.quant_attention, *args, q_index=torch.zeros(2, 3, dtype=torch.int64))

@@ -10,6 +10,7 @@ struct Head {
   int64_t q_stride, k_stride, v_stride;
   const float *q_scale, *k_scale, *v_scale;
   int64_t q_scale_stride, k_scale_stride, v_scale_stride;
+  const int32_t* q_index;
   const float *bias, *grid_h, *grid_w, *key_bias;
   int64_t Nq, Nk, D;
   int64_t out;  // of the first output
@@ -24,6 +25,7 @@ INLINE Head head_of(const Attention& a, int64_t b, int64_t h) {
   const auto at = [&](auto* p, const int64_t* stride, int64_t n) { return p ? p + image * stride[0] + h * stride[1] + n * stride[2] : nullptr; };
   Head x = {};
   x.q = at(a.q, a.q_stride, i), x.k = at(a.k, a.k_stride, j), x.v = at(a.v, a.v_stride, j), x.v_float = at(a.v_float, a.v_stride, j);
+  x.q_index = a.q_index ? a.q_index + image * a.Nq : nullptr;
   x.q_stride = a.q_stride[2], x.k_stride = a.k_stride[2], x.v_stride = a.v_stride[2];
   x.q_scale = at(a.q_scale, a.q_scale_stride, i), x.q_scale_stride = a.q_scale_stride[2];
   x.k_scale = at(a.k_scale, a.k_scale_stride, j), x.k_scale_stride = a.k_scale_stride[2];
@@ -143,8 +145,9 @@ INLINE void score_rows(const Attention& a, const Head& head, const Work& s, int6
   const Softmax& f = a.softmax;
   float row_scale[kRows];
   for (int r = 0; r < rows; ++r) {
-    rewrite_row(head.q + (i + r) * head.q_stride, s.q + r * s.q_stride, head.D, s.padded_d);
-    row_scale[r] = head.q_scale[(i + r) * head.q_scale_stride] * (f.coded ? f.score_scale : a.softmax_scale);
+    const int64_t row = head.q_index ? head.q_index[i + r] : i + r;
+    rewrite_row(head.q + row * head.q_stride, s.q + r * s.q_stride, head.D, s.padded_d);
+    row_scale[r] = head.q_scale[row * head.q_scale_stride] * (f.coded ? f.score_scale : a.softmax_scale);
   }
   Tile t = {};
   t.a = s.q, t.a_stride = s.q_stride, t.b_stride = s.k_tile, t.groups = s.q_groups, t.next = s.v;

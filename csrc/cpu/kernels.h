@@ -118,6 +118,7 @@ struct Attention {
   float *cls, *lse, *columns;
   // Packed: B is the number of sequences, sequence b has the tokens ends[b] .. ends[b + 1] of all; or null.
   const int32_t *q_ends, *k_ends;  // Nq and Nk are then those of all sequences
+  const int32_t* q_index;  // (B, Nq): the rows of q and q_scale that attend; null: all in order
 };
 
 // The topk tokens of b nearest to each of a: the largest products, of rows of length one for cosine, or the least distances.

@@ -36,7 +36,7 @@ Results quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at
                         const Maybe& p_values, const Maybe& p_thresholds, double p_steps, double p_shift, double p_unit,
                         double p_offset, std::string_view, std::string_view p_anchor, bool p_normalize, int64_t,
                         const Maybe& cu_seqlens_q, const Maybe& cu_seqlens_k, int64_t, bool emit_cls, bool emit_lse,
-                        bool emit_columns) {
+                        bool emit_columns, const Maybe& q_index_in) {
   const bool float_v = p_values && v_in.scalar_type() != at::kChar;
   for (const at::Tensor* t : {&q_in, &k_in, &v_in}) {
     if (t != &v_in || !float_v) check_dtype(*t, at::kChar, "q, k and v");
@@ -44,14 +44,15 @@ Results quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at
   }
   const at::Tensor q = contiguous_rows(q_in), k = contiguous_rows(k_in);
   const at::Tensor v = contiguous_rows(float_v ? v_in.to(at::kFloat) : v_in);
-  const int64_t B = q.size(0), H = q.size(1), Nq = q.size(2), Nk = k.size(2), D = q.size(3);
+  const int64_t B = q.size(0), H = q.size(1), rows = q.size(2), Nk = k.size(2), D = q.size(3);
+  const int64_t Nq = q_index_in ? q_index_in->size(-1) : rows;
   check_shape(k, {B, H, Nk, D}, "k"), check_shape(v, {B, H, Nk, D}, "v");
   TORCH_CHECK_VALUE(Nk <= kMaxKeys, "at most ", kMaxKeys, " keys, got ", Nk);
   SoftmaxTables tables;
   tables.read(p_values, p_thresholds, p_steps, p_shift, p_unit, p_offset, p_anchor, p_normalize, softmax_scale);
   Attention a = {};
   a.softmax = tables.softmax;
-  a.q_scale = strided(q_scale, {B, H, Nq}, "q_scale", a.q_scale_stride);
+  a.q_scale = strided(q_scale, {B, H, rows}, "q_scale", a.q_scale_stride);
   a.k_scale = strided(k_scale, {B, H, Nk}, "k_scale", a.k_scale_stride);
   const bool per_head = p_values && v_scale.size(-1) == 1;
   a.v_scale = strided(v_scale, {B, H, per_head ? 1 : Nk}, "v_scale", a.v_scale_stride);
@@ -64,6 +65,15 @@ Results quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at
     a.grid_h = strided(*grid_bias_h, {B, H, Nq, rows}, "grid_bias", a.grid_h_stride);
     a.grid_w = strided(*grid_bias_w, {B, H, Nq, columns}, "grid_bias", a.grid_w_stride);
     a.grid_columns = columns;
+  }
+  at::Tensor q_index;
+  if (q_index_in) {
+    q_index = q_index_in->contiguous();
+    check_dtype(q_index, at::kInt, "q_index"), check_shape(q_index, {B, Nq}, "q_index");
+    TORCH_CHECK_VALUE(!cu_seqlens_q, "packed sequences take no q_index");
+    a.q_index = q_index.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < q_index.numel(); ++i)
+      TORCH_CHECK_VALUE(0 <= a.q_index[i] && a.q_index[i] < rows, "q_index has ", a.q_index[i], ", outside 0..", rows - 1);
   }
   Maybe out_scale;
   if (out_scale_in) out_scale = float_vector(*out_scale_in, H * D, "out_scale");

@@ -35,10 +35,8 @@ class QuantHeads:
     def attention(self, index: Tensor | None, **formats) -> Tensor | tuple[Tensor, ...]:
         """ops.quant_attention of all queries, or those of index (B, K) int32."""
         (q, q_scale), (k, k_scale), (v, v_scale) = self.q, self.k, self.v
-        if index is not None:
-            q, q_scale = _gather(q, q_scale, index)
-        scales = {"key_bias": self.key_bias, "grid_bias": self.grid_bias}
-        return ops.quant_attention(q, k, v, q_scale, k_scale, v_scale, self.scale, **scales, **formats)
+        rest = {"key_bias": self.key_bias, "grid_bias": self.grid_bias, "q_index": index}
+        return ops.quant_attention(q, k, v, q_scale, k_scale, v_scale, self.scale, **rest, **formats)
 
     def class_row(self) -> Tensor:
         (q, q_scale), k, v = self.q, self.k, self.v
@@ -51,16 +49,6 @@ class QuantHeads:
 
     def floats(self) -> tuple[Tensor, Tensor]:
         return tuple(codes.float() * scale.expand(codes.shape[:3])[..., None] for codes, scale in (self.q, self.k))
-
-
-def _gather(q: Tensor, scale: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The queries in index, of codes (B, H, N, D) and a scale that broadcasts to (B, H, N)."""
-    B, H, N, D = q.shape
-    rows = (index + N * torch.arange(B, device=index.device, dtype=index.dtype)[:, None]).flatten()
-    gathered = q.transpose(1, 2).flatten(0, 1).index_select(0, rows).view(B, -1, H, D).transpose(1, 2)
-    if scale.dim() == 3:
-        scale = scale.gather(2, index.long()[:, None].expand(-1, H, -1))
-    return gathered, scale
 
 
 class QuantAttention(SoftmaxHolder):

@@ -84,7 +84,7 @@ class QuantBlock(ReducingBlock):
         """Whether tokens are left out or merged here or were merged before; starts the state."""
         if attn_mask is not None:
             raise ValueError("QuantBlock: attn_mask came to a block whose tokens are reduced; call the model without")
-        if self.step is not None or self.restores:
+        if self.restores or self.step_for(x) is not None:
             return True
         if self.is_first:
             self.state.start(x)

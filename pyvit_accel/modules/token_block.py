@@ -35,6 +35,11 @@ class ReducingBlock(nn.Module):
     ) -> None:
         self.step, self.state, self.is_first, self.restores = step, state, is_first, restores
 
+    def step_for(self, x: Tensor) -> TokenStep | None:
+        """The step, unless it would do nothing to x (B, N, C)."""
+        idle = self.step is None or self.step.idle(x.shape[1], self.state.num_prefix_tokens)
+        return None if idle else self.step
+
     def heads(self, x: Tensor) -> Heads:
         raise NotImplementedError
 
@@ -55,13 +60,13 @@ class ReducingBlock(nn.Module):
 
         Of the prefix that is: no step after attention changes it, so there is none.
         """
-        state, step = self.state, self.step
+        state, step = self.state, self.step_for(x)
         if self.is_first:
             state.start(x)
         if step is not None:
             x = step.before(x, state)
         heads = self.heads(x)
-        if tokens is not None and tokens <= state.num_prefix_tokens and not self.restores:
+        if tokens is not None and not self.restores and (state is None or tokens <= state.num_prefix_tokens):
             index = _first(tokens, x)
             return self.feed_forward(self.project(self.attend(heads, index), x, index, None))
         index = lists = None

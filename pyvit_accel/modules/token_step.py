@@ -123,6 +123,10 @@ class TokenStep(nn.Module):
         """How many tokens each part of the block sees when N come. Raises ValueError for counts that do not fit."""
         return Rows(N, N, N, N)
 
+    def idle(self, N: int, num_prefix_tokens: int) -> bool:
+        """Whether the step does nothing to N tokens, but for their order; the block then runs without it."""
+        return self.rows(N, num_prefix_tokens) == Rows(N, N, N, N)
+
     def before(self, x: Tensor, state: TokenState) -> Tensor:
         """(B, N, C) as it comes into the block, to (B, M, C)."""
         return x

@@ -18,7 +18,8 @@ FLOATS = (torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32)
 def _fake(q, k, v, *rest):
     B, H, Nq, D = q.shape
     Nk = k.shape[2]
-    emit_cls, emit_lse, emit_columns = rest[-3:]
+    emit_cls, emit_lse, emit_columns, *index = rest[22:]
+    Nq = Nq if not index or index[0] is None else index[0].shape[1]
     none = q.new_empty(0, dtype=torch.float32)
     return (
         q.new_empty(B, Nq, H * D, dtype=torch.float32 if rest[8] is None else torch.int8),
@@ -34,8 +35,8 @@ _op = define(
     "Tensor? key_bias, Tensor? grid_bias_h, Tensor? grid_bias_w, "
     "Tensor? out_scale, Tensor? p_values, Tensor? p_thresholds, float p_steps, float p_shift, "
     "float p_unit, float p_offset, str p_operand, str p_anchor, bool p_normalize, int v_bits, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, int max_seqlen, bool emit_cls, bool emit_lse, bool emit_columns) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? cu_seqlens_k, int max_seqlen, bool emit_cls, bool emit_lse, bool emit_columns, "
+    "Tensor? q_index=None) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.quant_attention,
     _fake,
 )
@@ -67,6 +68,7 @@ def quant_attention(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    q_index: Tensor | None = None,
     emit: tuple[str, ...] = (),
 ) -> Tensor | tuple[Tensor, ...]:
     """softmax(q k^T q_scale k_scale softmax_scale + bias + key_bias) v v_scale.
@@ -86,6 +88,8 @@ def quant_attention(
                                         tokens cu_seqlens[s] .. cu_seqlens[s + 1]; cu_seqlens_k: of k and v, if others.
                                         What lies beyond the last is capacity: not read, and zeros in the result
     max_seqlen        the most queries of a sequence; None: Nq. On a GPU blocks beyond it are not started
+    q_index           (B, Nq)           int32: the rows of q and q_scale that attend, instead of all; checked on the CPU
+                                        only. Nq elsewhere here is how many they are
     emit              of "cls", "lse", "columns": returned after the result, in this order
     returns           (B, Nq, H D)      float32, or int8 codes when out_scale is given
         cls           (B, Nk)           float32: mean over the heads of the first query's probabilities, not quantised
@@ -99,8 +103,8 @@ def quant_attention(
         raise TypeError(f"quant_attention: q, k, v must be int8 codes, got {q.dtype}, {k.dtype}, {v.dtype}")
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"quant_attention: q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, H, N, D)")
-    B, H, Nq, D = q.shape
-    Nk = k.shape[2]
+    B, H, rows, D = q.shape
+    Nq, Nk = rows if q_index is None else q_index.shape[-1], k.shape[2]
     if k.shape != (B, H, Nk, D) or v.shape != k.shape:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"quant_attention: {shapes} do not fit together")
@@ -117,6 +121,9 @@ def quant_attention(
         hidden = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
         bias = hidden if bias is None else bias + hidden
     check_vector("quant_attention", "out_scale", out_scale, 1, H * D)
+    if q_index is not None and (q_index.dtype != torch.int32 or q_index.shape != (B, Nq) or cu_seqlens is not None):
+        came = f"{q_index.dtype} {tuple(q_index.shape)}"
+        raise ValueError(f"quant_attention: q_index must be int32 (B, Nq), without packed sequences; got {came}")
     if cu_seqlens is not None:
         cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         if B != 1 or bias is not None or grid_bias is not None:
@@ -136,11 +143,11 @@ def quant_attention(
         grid_h, grid_w = (_expand("grid_bias", t.float(), B, H, Nq, t.shape[-1]) for t in grid_bias)
     per_key = softmax is None or (v_scale.dim() > 0 and v_scale.shape[-1] != 1)
     results = _op(
-        q, k, v, _expand("q_scale", q_scale, B, H, Nq), _expand("k_scale", k_scale, B, H, Nk),
+        q, k, v, _expand("q_scale", q_scale, B, H, rows), _expand("k_scale", k_scale, B, H, Nk),
         _expand("v_scale", v_scale, B, H, Nk if per_key else 1), softmax_scale, bias, key_bias, grid_h, grid_w,
         out_scale, *((None, None, 0.0, 0.0, 1.0, 0.0, "", "max", True) if softmax is None else softmax.arguments()),
         v_bits, cu_seqlens, cu_seqlens_k, Nq if max_seqlen is None else max_seqlen,
-        *(name in emit for name in EMITS),
+        *(name in emit for name in EMITS), q_index,
     )  # fmt: skip
     wanted = [r for r, name in zip(results[1:], EMITS, strict=True) if name in emit]
     return (results[0], *wanted) if wanted else results[0]

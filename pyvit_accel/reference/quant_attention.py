@@ -75,7 +75,11 @@ def quant_attention(
     emit_cls: bool,
     emit_lse: bool,
     emit_columns: bool,
+    q_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if q_index is not None:
+        rows = q_index.long()[:, None].expand(-1, q.shape[1], -1)
+        q, q_scale = q.gather(2, rows[..., None].expand(*rows.shape, q.shape[3])), q_scale.gather(2, rows)
     wanted = (True, emit_cls, emit_lse, emit_columns)
     form = (p_values, p_thresholds, p_steps, p_shift, p_unit, p_offset, p_anchor, p_normalize)
 

@@ -44,6 +44,10 @@ class SlimTokens(TokenStep):
         out = num_prefix_tokens + self.keep
         return Rows(out, out, out, out)
 
+    def idle(self, N: int, num_prefix_tokens: int) -> bool:
+        """Never: as many tokens as came are mixtures of them all the same."""
+        return False
+
     def before(self, x: Tensor, state: TokenState) -> Tensor:
         p = state.num_prefix_tokens
         patches = x[:, p:]
