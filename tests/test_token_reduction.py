@@ -9,6 +9,8 @@ import pytest
 import torch
 from _torchvision_stub import import_timm
 from _vits import VARIANTS, module_names, pixels, relative_error, spread, vit
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyvit_accel import TokenSchedule, accelerate, load, recipes, reduce_tokens, save, token_state
 from pyvit_accel.errors import Unsupported
@@ -273,3 +275,39 @@ def test_an_error_leaves_the_model():
     with pytest.raises(ValueError, match=r"2 entries"):
         accelerate(net, W8A8 + TOME([1, 2]), [pixels()], inplace=True)
     assert torch.equal(run(net), before) and not blocks_of(net)
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that an op returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            # Views of what is there already, an expanded bias for example, are no memory.
+            own = isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() // max(t.element_size(), 1)
+            self.numel = max(self.numel, own or 0)
+        return result
+
+
+@every_schedule
+def test_no_attention_map_is_in_memory(name):
+    """Of 401 tokens not even one head's, quantized or not; nor one of similarities."""
+    long = vit(depth=DEPTH, dim=16, num_heads=2, image_size=80, patch_size=4, mlp_ratio=1.0)
+    N, images = 401, pixels(1, size=80)
+    schedule = SCHEDULES[name]
+    if name == "diffrate":
+        schedule = TokenSchedule("diffrate", {"prune": [401, 380, 300, 200], "merge": [390, 350, 250, 150]})
+    quantized, _ = accelerate(long, W8A8 + recipes.tokens(schedule), [images])
+    floats, _ = accelerate(long, recipes.tokens(schedule))
+    with Largest() as whole:
+        torch.randn(N, N).softmax(-1)
+    assert whole.numel == N * N
+    for net in (quantized, floats):
+        run(net, images)
+        with Largest() as largest:
+            run(net, images)
+        assert 0 < largest.numel < N * N // 2
