@@ -1,7 +1,7 @@
 """What the class token attends to: q, k (B, H, N, D) int8 -> (B, N) float32, the mean over the heads.
 
-A program per image and head goes over the keys in blocks, twice: for the maximum and the sum, and for the probabilities,
-with the scores made anew. A second kernel adds up the heads in order. Arguments are those of reference/class_row.py.
+A program per image and head goes over the keys in blocks, twice: for the maximum and the sum, and for the
+probabilities, with the scores made anew. A second kernel adds up the heads in order. Arguments: reference/class_row.py.
 """
 
 from __future__ import annotations

@@ -26,16 +26,16 @@ def class_row(
     softmax_scale: float,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """Mean over the heads of softmax_j((q[:, :, 0] . k[:, :, j]) q_scale[:, :, 0] k_scale[:, :, j] softmax_scale + key_bias).
+    """The first row of softmax(q k^T q_scale k_scale softmax_scale + key_bias), the mean over the heads.
 
     q                 (B, H, Nq, D)  int8, of which only the first query is read
     k                 (B, H, N, D)   int8; any strides over contiguous D, so views of qkv fit
     q_scale, k_scale                 float32, broadcastable to (B, H, Nq) and (B, H, N): (1,), (H, 1) or (B, H, N)
     key_bias          (B, N)         float32, added to the scaled scores; -inf: this key is not seen
-    returns           (B, N)         float32; zeros for a head that sees no key
+    returns           (B, N)         float32; zeros for an image of which no key is seen
 
-    What quant_attention(..., emit=("cls",)) emits, within float rounding. Raises TypeError for wrong dtypes, ValueError for
-    shapes that disagree. No gradient. Reference: reference/class_row.py.
+    What quant_attention(..., emit=("cls",)) emits, within float rounding. No gradient. Raises TypeError for wrong
+    dtypes, ValueError for shapes that disagree. Reference: reference/class_row.py.
     """
     for name, t in (("q", q), ("k", k)):
         check_rows_of("class_row", name, t, (torch.int8,), 4)

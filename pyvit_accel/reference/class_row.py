@@ -1,8 +1,9 @@
 """The class token's row of attention, the mean over the heads:
 
-    p[b, h, j] = softmax over j of (q[b, h, 0] . k[b, h, j]) q_scale[b, h, 0] k_scale[b, h, j] softmax_scale + key_bias[b, j]
+    t[b, h, j] = (q[b, h, 0] . k[b, h, j]) q_scale[b, h, 0] k_scale[b, h, j] softmax_scale + key_bias[b, j]
+    row[b, j]  = mean over h of e^t[b, h, j] / sum_i e^t[b, h, i],  0 where no key is seen
 
-Zeros in place of a row that sees no key. Computed in float64. Arguments: ops/class_row.py.
+Computed in float64. Arguments: ops/class_row.py.
 """
 
 from __future__ import annotations
