@@ -64,6 +64,6 @@ TORCH_LIBRARY_IMPL(pyvit_accel, Autograd, m) {
   for (const char* op : {"quantize", "quantize_dynamic", "norm_quant", "norm_quant_dynamic", "lowbit_linear",
                          "weight_only_linear", "quant_attention", "quant_patch_embed", "quant_block", "quant_mlp", "quant_project",
                          "select_tokens", "split_tokens", "group_tokens", "match_tokens", "merge_pairs", "mean_heads", "mix_tokens",
-                         "propagate", "local_assign"})
+                         "propagate", "local_assign", "class_row"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }

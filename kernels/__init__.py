@@ -1,5 +1,6 @@
 """Triton kernels: launchers with the names and signatures of the references, for CUDA tensors."""
 
+from .class_row import class_row
 from .codebook_linear import codebook_linear
 from .local_assign import local_assign
 from .lowbit_linear import lowbit_linear, lowbit_linear_scatter
@@ -13,6 +14,7 @@ from .select_tokens import group_tokens, select_tokens, split_tokens
 from .weight_only_linear import weight_only_linear
 
 __all__ = [
+    "class_row",
     "codebook_linear",
     "group_tokens",
     "local_assign",

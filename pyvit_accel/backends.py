@@ -37,6 +37,7 @@ OPS = (
     "mix_tokens",
     "propagate",
     "local_assign",
+    "class_row",
 )
 
 

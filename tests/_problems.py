@@ -226,4 +226,7 @@ def token_calls(B: int, N: int, H: int, D: int) -> dict[str, Call]:
         "mix_tokens": Call(ops.mix_tokens, (tokens, *lists), {"width": 3, "base": torch.randn(B, 4, D)}),
         "propagate": Call(ops.propagate, (heads, heads * 2, torch.rand(B, H, N), D**-0.5, 3)),
         "local_assign": Call(ops.local_assign, (grid, grid[:, ::2, ::2].contiguous(), 3)),
+        "class_row": Call(
+            ops.class_row, (heads.char(), heads.char() + 1, torch.rand(1), torch.rand(H, 1), D**-0.5, torch.randn(B, N))
+        ),
     }

@@ -25,10 +25,12 @@ namespace avx512_ {
 #include "mix_tokens.h"
 #include "propagate.h"
 #include "local_assign.h"
+#include "class_row.h"
 }  // namespace avx512_
 const Kernels kAvx512 = {"avx512_vnni", avx512_::lowbit_linear, avx512_::weight_only_linear, avx512_::quantize, avx512_::norm_quant,
                         avx512_::activate_quantize, avx512_::quant_attention, avx512_::dot_loop, avx512_::read_loop,
                         avx512_::match_tokens, avx512_::mean_heads,
-                        avx512_::mix_tokens, avx512_::propagate, avx512_::assign_tokens, avx512_::move_centres};
+                        avx512_::mix_tokens, avx512_::propagate, avx512_::assign_tokens, avx512_::move_centres,
+                        avx512_::class_row, avx512_::class_mean};
 }  // namespace pyvit_accel
 #endif

@@ -179,6 +179,17 @@ struct LocalAssign {
   int32_t* index;
 };
 
+struct ClassRow {
+  const int8_t *q, *k;  // q: of the first query, element (b, h, d); k: (b, h, n, d); strides as in Attention
+  int64_t q_stride[2], k_stride[3];
+  const float *q_scale, *k_scale;
+  int64_t q_scale_stride[2], k_scale_stride[3];
+  const float* key_bias;  // (B, N), or null
+  int64_t key_bias_stride[2];
+  float softmax_scale;
+  int64_t H, N, D;
+};
+
 struct Kernels {
   const char* name;
   void (*lowbit_linear)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end);
@@ -196,6 +207,9 @@ struct Kernels {
   void (*propagate)(const Propagate&, int64_t head_begin, int64_t head_end);
   void (*assign_tokens)(const LocalAssign&, int64_t token_begin, int64_t token_end);  // weight and index, from centres
   void (*move_centres)(const LocalAssign&, int64_t centre_begin, int64_t centre_end);  // centres, from weight
+  // Exponentials, (heads, N padded to sixteens), and a factor a head; then their mean.
+  void (*class_row)(const ClassRow&, int64_t image, int64_t head_begin, int64_t head_end, float* rows, float* factor);
+  void (*class_mean)(const ClassRow&, const float* rows, const float* factor, float* out);
 };
 
 extern const Kernels kAvx512, kAvx2, kPortable;

@@ -1,6 +1,7 @@
 """The operations: schema, fake kernel, registration and the public function that checks arguments."""
 
 from . import _library
+from .class_row import class_row
 from .codebook_linear import codebook_linear
 from .local_assign import local_assign
 from .lowbit_linear import lowbit_linear, lowbit_linear_scatter
@@ -20,6 +21,7 @@ from .weight_only_linear import weight_only_linear
 _library.finish()
 
 __all__ = [
+    "class_row",
     "codebook_linear",
     "group_tokens",
     "local_assign",

@@ -1,5 +1,6 @@
 """What each op means, in the plainest PyTorch: the only truth tests compare with, the fallback where no kernel is."""
 
+from .class_row import class_row
 from .codebook_linear import codebook_linear
 from .local_assign import local_assign
 from .lowbit_linear import lowbit_linear, lowbit_linear_scatter
@@ -17,6 +18,7 @@ from .select_tokens import group_tokens, select_tokens, split_tokens
 from .weight_only_linear import weight_only_linear
 
 __all__ = [
+    "class_row",
     "codebook_linear",
     "group_tokens",
     "local_assign",
