@@ -17,7 +17,7 @@ from pyvit_accel.adapters import BLOCKS, MLPS
 from pyvit_accel.adapters.tokens import TokenLayout, token_layout
 from pyvit_accel.convert import Entry, Report
 from pyvit_accel.errors import Unsupported
-from pyvit_accel.modules import QuantMlp
+from pyvit_accel.modules import ExpFreeAttention, QuantMlp
 from pyvit_accel.modules.parts import BlockParts
 from pyvit_accel.modules.token_block import ReducingBlock, TokenBlock
 from pyvit_accel.modules.token_step import TokenState
@@ -70,7 +70,7 @@ class Reading:
         for name, (original, parts) in self.blocks.items():
             block = _reducing(replaced.get(original, original))
             if block is None:
-                block = TokenBlock(parts, replaced)
+                block = TokenBlock(parts, replaced, _exp_free(original))
                 wrapped = adapters.find(BLOCKS, original).wrap(block, original)
                 model.set_submodule(name, wrapped.train(original.training))
                 names.append(name)
@@ -175,6 +175,11 @@ def from_dict(values: dict) -> Reduction | WindowReduction:
         return WindowReduction(**values)
     schedule = None if values["schedule"] is None else TokenSchedule(**values["schedule"])
     return Reduction(schedule, values["num_prefix_tokens"], values["restore"])
+
+
+def _exp_free(block: nn.Module) -> ExpFreeAttention | None:
+    """What computes the attention of a block instead of softmax, if a recipe put it there."""
+    return next((m for m in block.modules() if isinstance(m, ExpFreeAttention)), None)
 
 
 def _is_mlp(module: nn.Module) -> bool:

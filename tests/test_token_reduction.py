@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyvit_accel import TokenSchedule, accelerate, load, recipes, reduce_tokens, save, token_state
 from pyvit_accel.errors import Unsupported
+from pyvit_accel.formats.softmax import log2
 from pyvit_accel.modules import QuantBlock
 from pyvit_accel.modules.token_block import TokenBlock
 from pyvit_accel.recipes import DIFFRATE, EVIT, TOME, W8A8, W8A8_DYNAMIC, W8A16
@@ -162,6 +163,19 @@ def test_saved_models_have_their_schedule(tmp_path, recipe):
     reduce_tokens(net, None)
     save(net, tmp_path / "net.safetensors")
     assert torch.equal(run(load(tmp_path / "net.safetensors")), run(net))
+
+
+def test_attention_without_an_exponential_stays(tmp_path):
+    """In the blocks that reduce tokens too; its format is no other's."""
+    net = model()
+    exact, _ = accelerate(net, TOME(3))
+    free, report = accelerate(net, recipes.EXP_FREE_ATTENTION + TOME(3))
+    coarse, _ = accelerate(net, recipes.exp_free_attention("LOG2", log2(3)) + TOME(3))
+    assert all(block.exp_free is not None for block in blocks_of(free)) and "TokenBlock" in str(report)
+    truth = run(exact)
+    assert 1e-6 < relative_error(run(free), truth) < relative_error(run(coarse), truth)
+    save(free, tmp_path / "net.safetensors")
+    assert torch.equal(run(load(tmp_path / "net.safetensors")), run(free))
 
 
 def test_learned_steps_are_saved(tmp_path):

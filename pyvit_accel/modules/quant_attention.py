@@ -39,10 +39,8 @@ class QuantHeads:
         return ops.quant_attention(q, k, v, q_scale, k_scale, v_scale, self.scale, **rest, **formats)
 
     def class_row(self) -> Tensor:
-        (q, q_scale), k, v = self.q, self.k, self.v
-        first = q_scale[..., :1] if q_scale.dim() == 3 else q_scale
-        only = QuantHeads((q[:, :, :1], first), k, v, self.scale, None, self.key_bias)
-        return only.attention(None, emit=("cls",))[1]
+        (q, q_scale), (k, k_scale) = self.q, self.k
+        return ops.class_row(q, k, q_scale, k_scale, self.scale, self.key_bias)
 
     def mean_key(self) -> Tensor:
         return ops.mean_heads(*self.k)

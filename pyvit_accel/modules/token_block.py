@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .exp_free_attention import ExpFreeAttention
 from .parts import BlockParts
 from .token_step import Heads, Lists, TokenState, TokenStep
 
@@ -108,13 +109,19 @@ class FloatHeads:
 class TokenBlock(ReducingBlock):
     """x (B, N, C) float in and out: a block of foreign parts, computed in floats, with a step of tokens/ inside.
 
-    Its Linears are the block's own, or what took their place.
+    Its Linears are the block's own, or what took their place; exp_free takes the place of its attention.
     """
 
     computes_first_tokens = True
 
-    def __init__(self, parts: BlockParts, replaced: Mapping[nn.Module, nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        parts: BlockParts,
+        replaced: Mapping[nn.Module, nn.Module] | None = None,
+        exp_free: ExpFreeAttention | None = None,
+    ) -> None:
         super().__init__()
+        self.exp_free = exp_free
         new = {} if replaced is None else replaced
         attention, mlp = parts.attention, parts.mlp
         self.norm1, self.norm2 = parts.norm1, parts.norm2
@@ -136,7 +143,8 @@ class TokenBlock(ReducingBlock):
         q = heads.q
         if index is not None:
             q = q.gather(2, index.long()[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-        out = F.scaled_dot_product_attention(q, heads.k, heads.v, heads.bias, scale=self.scale)
+        attention = F.scaled_dot_product_attention if self.exp_free is None else self.exp_free
+        out = attention(q, heads.k, heads.v, heads.bias, scale=self.scale)
         return out.transpose(1, 2).flatten(2)
 
     def project(self, attended: Tensor, x: Tensor, index: Tensor | None, lists: Lists | None) -> Tensor:
