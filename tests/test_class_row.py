@@ -119,8 +119,8 @@ def test_images_do_not_meet(kernel):
 
 
 def test_number_of_threads_does_not_show(kernel):
-    """Divided by images, then by heads: five threads have a head or two of 3 images."""
-    args, before, results = problem(700, 3, 128, B=3), torch.get_num_threads(), []
+    """Not divided, by images, and by heads: two of five threads have an image and a half each."""
+    args, before, results = problem(1500, 2, 128, B=3), torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         results.append(kernel(ops.class_row, *args))

@@ -9,6 +9,8 @@
 namespace pyvit_accel {
 namespace {
 
+constexpr int64_t kLeast = 1 << 20;  // work for a thread: 25 us
+
 at::Tensor class_row(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& q_scale, const at::Tensor& k_scale,
                      double softmax_scale, const std::optional<at::Tensor>& key_bias) {
   for (const at::Tensor* t : {&q_in, &k_in}) {
@@ -36,9 +38,9 @@ at::Tensor class_row(const at::Tensor& q_in, const at::Tensor& k_in, const at::T
   p.softmax_scale = (float)softmax_scale, p.H = H, p.N = N, p.D = D;
   float* const result = out.data_ptr<float>();
   const Kernels& kernel = kernels();
-  const int64_t padded = round_up(N, 16), a_head = 262144 / (N * (D + 64)) + 1, an_image = 262144 / (H * N * (D + 64)) + 1;
+  const int64_t padded = round_up(N, 16), work = N * (D + 64);  // of a head; an exponential is as 64 products
   if (B >= at::get_num_threads()) {
-    at::parallel_for(0, B, an_image, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, B, kLeast / (H * work) + 1, [&](int64_t begin, int64_t end) {
       float* const rows = (float*)scratch(H * (padded + 1) * sizeof(float), 2), *const factor = rows + H * padded;
       for (int64_t b = begin; b < end; ++b) {
         kernel.class_row(p, b, 0, H, rows, factor);
@@ -48,7 +50,7 @@ at::Tensor class_row(const at::Tensor& q_in, const at::Tensor& k_in, const at::T
     return out;
   }
   float* const rows = (float*)scratch(B * H * (padded + 1) * sizeof(float), 2), *const factor = rows + B * H * padded;
-  at::parallel_for(0, B * H, a_head, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, B * H, kLeast / work + 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin / H; b * H < end; ++b) {
       const int64_t first = std::max(begin, b * H), last = std::min(end, (b + 1) * H);
       kernel.class_row(p, b, first - b * H, last - b * H, rows + first * padded, factor + first);
