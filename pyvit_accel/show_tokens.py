@@ -46,7 +46,7 @@ class TokenPicture:
     def title(self) -> str:
         parts = [f"{self.tokens} tokens"]
         parts += [f"{self.dropped} dropped"] if self.dropped else []
-        parts += [f"{self.merged} patches merged"] if self.merged else []
+        parts += [f"{self.merged} merged"] if self.merged else []
         return f"{'all' if self.block < 0 else f'block {self.block}'}: {', '.join(parts)}"
 
 
@@ -97,14 +97,14 @@ def draw(pictures: dict[str, list[TokenPicture]], path: str | Path | None = None
     ]  # fmt: skip
     columns = max(len(of) for _, of in lines)
     height, width = lines[0][1][0].pixels.shape[:2]
-    size = (INCHES * columns, (INCHES * height / width + 0.4) * len(lines) + (0.4 if title else 0))
+    size = (INCHES * columns, (INCHES * height / width + 0.5) * len(lines) + (0.4 if title else 0))
     figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
     for axes, (name, of) in zip(figure.subplots(len(lines), columns, squeeze=False), lines, strict=True):
         for axis in axes:
             axis.set_axis_off()
         for axis, picture in zip(axes, of, strict=False):
             axis.imshow(picture.pixels.numpy(), interpolation="nearest")
-            axis.set_title(picture.title, fontsize=7)
+            axis.set_title(picture.title.replace(" tokens, ", " tokens\n"), fontsize=7)
         if name:
             axes[0].text(0, -0.02, name, fontsize=7, transform=axes[0].transAxes, va="top")
     if title:

@@ -134,5 +134,5 @@ def test_figure(tmp_path):
     model = model_with(TokenSchedule("tome", {"r": [2, 2, 2]}))
     figure = show_tokens(model, pixels(1)[0], tmp_path / "t.png")
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles[0] == "all: 17 tokens" and titles[-1].startswith("block 2: 11 tokens, ")
+    assert titles[0] == "all: 17 tokens" and titles[-1].startswith("block 2: 11 tokens\n")
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
