@@ -190,6 +190,16 @@ def DIFFRATE(model: str, budget: str) -> Recipe:
     return tokens(TokenSchedule("diffrate", {"model": model, "budget": budget}))
 
 
+def ZERO_TPRUNE(rate: float | Sequence[float], similar: int = 10, layers: Sequence[int] = (1, 3, 6, 9)) -> Recipe:
+    """The part `rate` of the patches stays in each of the layers: by page rank, and none that is like another."""
+    return tokens(TokenSchedule("zero_tprune", {"rate": rate, "similar": similar, "layers": list(layers)}))
+
+
+def PRUMERGE(keep: int, layer: int = -1) -> Recipe:
+    """From one block on, by default behind the last, `keep` + 1 rows stand for all patches: for vision towers."""
+    return tokens(TokenSchedule("prumerge", {"keep": keep, "layer": layer}), restore=False)
+
+
 def WINDOW_MERGE(ratio: float, window: int | None = None) -> Recipe:
     """Of every window's tokens the part `ratio`, up to 0.5, shares the MLP with others: for Swin, SAM, ViTDet."""
     return Recipe(f"WINDOW_MERGE({ratio})", (), tokens=WindowReduction(ratio, window))

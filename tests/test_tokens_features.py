@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from _reduced import check_batch, check_config, model_of, ranked, reduced, tokens_of
+from _reduced import check_batch, check_config, model_of, ranked, reduced, small_images, small_vit, tokens_of
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from pyvit_accel import ops
+from pyvit_accel import accelerate, ops, recipes, token_state
 from pyvit_accel.modules.token_step import Rows, TokenState
 from pyvit_accel.tokens import TokenSchedule
 from pyvit_accel.tokens.prumerge import class_attention, count_outliers, most_outliers, prumerge
@@ -313,3 +313,40 @@ def test_top_vim_refuses_with_the_numbers():
         select_in_order(scores, 5, 9)
     with pytest.raises(ValueError, match=r"keep=10 of 9 tokens"):
         select_in_order(scores, 10, 4)
+
+
+@pytest.mark.parametrize("recipe", [None, recipes.W8A8], ids=["float", "W8A8"])
+def test_prumerge_behind_the_last_block(recipe):
+    """The rows of prumerge, of the block's own keys and attention; every patch has a row."""
+    net, images = small_vit(), small_images()
+    reduced, _ = accelerate(net, recipes.PRUMERGE(6) if recipe is None else recipe + recipes.PRUMERGE(6), [images])
+    seen = {}
+    step = reduced.blocks[-1].step
+    prune, settle = step.prune, step.settle
+
+    def watched_prune(heads, x, state):
+        seen["q"], seen["k"] = (t.transpose(1, 2).flatten(2) for t in heads.floats())
+        return prune(heads, x, state)
+
+    def watched_settle(y, state):
+        seen["y"], seen["out"] = y.clone(), settle(y, state)
+        return seen["out"]
+
+    step.prune, step.settle = watched_prune, watched_settle
+    with torch.no_grad():
+        features = reduced.forward_features(images)
+    assert features.shape[1] == 1 + 6 + 1
+    attention = class_attention(seen["q"][:, 0], seen["k"])
+    merged = prumerge(seen["y"][:, 1:], seen["k"][:, 1:], attention, keep=6)
+    assert torch.equal(seen["out"][:, 1:], merged.tokens) and torch.equal(seen["out"][:, :1], seen["y"][:, :1])
+    origin = token_state(reduced).origin()
+    assert (origin[:, 0] == 0).all() and (origin == 7).sum(1).eq(25 - 6).all()
+    for row in range(6):
+        assert torch.equal((origin == row + 1).int().argmax(1), merged.kept[:, row].long() + 1)
+
+
+def test_prumerge_in_a_block_refuses_with_the_numbers():
+    with pytest.raises(ValueError, match=r"keep=25 of 25 patches behind 1 tokens of the prefix; keep fewer"):
+        accelerate(small_vit(), recipes.PRUMERGE(25))
+    with pytest.raises(ValueError, match=r"layers \(5,\) must ascend within 0\.\.4"):
+        accelerate(small_vit(), recipes.PRUMERGE(6, layer=5))

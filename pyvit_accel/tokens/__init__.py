@@ -13,12 +13,14 @@ from . import (
     patch_dropout,
     pcsr,
     prumerge,
+    prumerge_block,
     routing,
     sit,
     super_tokens,
     tofu,
     tome,
     top_vim,
+    window_merge,
     zero_tprune,
 )
 from .schedule import METHODS, TokenSchedule, macs, snap_schedule
@@ -39,6 +41,7 @@ __all__ = [
     "patch_dropout",
     "pcsr",
     "prumerge",
+    "prumerge_block",
     "routing",
     "sit",
     "snap_schedule",
@@ -46,5 +49,6 @@ __all__ = [
     "tofu",
     "tome",
     "top_vim",
+    "window_merge",
     "zero_tprune",
 ]
