@@ -3,6 +3,7 @@
     PYVIT_ACCEL_DATA=data python bench/tokens_cpu.py search --json search.json
     PYVIT_ACCEL_DATA=data python bench/tokens_cpu.py accuracy --found search.json --json tokens.json --chart tokens.png
     python bench/tokens_cpu.py latency --json tokens_latency.json
+    python bench/tokens_cpu.py memory --json tokens_memory.json
 
 search: find_schedule on the 224 training images that calibration did not see, at most 1 point lost there.
 
@@ -11,6 +12,8 @@ that the JSON file has already are kept, and it is written after each one. Of th
 divergent of each twentieth of the multiply-adds is measured.
 
 latency: ViT-B, random weights; W8A8 alone and with each schedule in turn, and how much of it plan and move take.
+
+memory: what four blocks need beside weights and input for 4097 tokens, of which one map of attention is 192 MiB.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import torch
 from _tokens_chart import write_tokens_chart
+from _tokens_memory import HEADS, TOKENS, measure_memory
 from _tokens_study import found_schedules, lost, macs_part, predictions, schedules
 from _tokens_time import measure_latency
 from recipes_cpu import BATCH, CALIBRATION, MODELS
@@ -41,7 +45,8 @@ LATENCY_HEADER = ("batch", "schedule", "MACs", "ms an image", "speed-up", "plan 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(required=True)
-    for name, run in (("search", run_search), ("accuracy", run_accuracy), ("latency", run_latency)):
+    commands = (("search", run_search), ("accuracy", run_accuracy), ("latency", run_latency), ("memory", run_memory))
+    for name, run in commands:
         command = sub.add_parser(name)
         command.add_argument("--json", type=Path, required=True)
         command.add_argument("--threads", type=int)
@@ -133,6 +138,12 @@ def run_latency(args: argparse.Namespace) -> None:
     rows = [row for batch in args.batches for row in measure_latency(batch, args.rounds)]
     print(table(LATENCY_HEADER, [latency_cells(row) for row in rows]))
     write_json(args.json, {"machine": machine(), "rounds": args.rounds, "rows": rows})
+
+
+def run_memory(args: argparse.Namespace) -> None:
+    found, head = measure_memory(), 4 * TOKENS**2 / 2**20
+    print(table(("schedule", "MiB"), [(name, f"{mib:.1f}") for name, mib in found.items()]))
+    write_json(args.json, {"tokens": TOKENS, "heads": HEADS, "map_of_a_head_mib": head, "mib": found})
 
 
 def latency_cells(row: dict) -> tuple[str, ...]:
