@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -235,4 +236,10 @@ def _blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockParts | None]]:
                 raise Unsupported(f"{name}: {reason}: its tokens stay; for windows use recipes.WINDOW_MERGE") from None
     if not blocks:
         raise Unsupported(f"{type(model).__name__} has no block whose tokens can be reduced")
+    chains = list(dict.fromkeys(re.sub(r"\.?\d+(\.[a-z_]+)*$", "", name) for name in blocks))
+    if len(chains) > 1:
+        raise Unsupported(
+            f"{type(model).__name__} has blocks in {', '.join(chains)}; reduce the tokens of one, which is a module of "
+            "the model: of its vision tower, for example"
+        )
     return blocks

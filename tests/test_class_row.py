@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
+from _implementations import available
 from _problems import CODES, U32, assert_same_bits, codes, padded
-from conftest import available
 
 from pyvit_accel import ops
 

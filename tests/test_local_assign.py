@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from _implementations import available
 from _problems import U32, assert_same_bits, transposed
-from conftest import available
 
 from pyvit_accel import ops
 from pyvit_accel import reference as references

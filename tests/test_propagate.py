@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
+from _implementations import available
 from _problems import U32, assert_same_bits, padded
-from conftest import available
 
 from pyvit_accel import ops
 from pyvit_accel import reference as references

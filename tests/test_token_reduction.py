@@ -259,6 +259,26 @@ def test_transformers(family):
     assert len(blocks_of(quantized)) == 3 and "QuantBlock" in str(report)
 
 
+def test_towers_are_reduced_one_by_one():
+    """Blocks of two chains do not see each other's tokens."""
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    import_timm()
+    from transformers import SiglipConfig, SiglipModel
+
+    tower = SIZES | HIDDEN
+    text = {k: v for k, v in tower.items() if k not in ("image_size", "patch_size")} | {"vocab_size": 30}
+    net = spread(SiglipModel(SiglipConfig(text_config=text, vision_config=tower)))
+    with pytest.raises(Unsupported, match=r"blocks in text_model\.encoder\.layers, vision_model\."):
+        reduce_tokens(net, SCHEDULES["tome"])
+    reduce_tokens(net.vision_model, SCHEDULES["tome"])
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        y = net.get_image_features(pixel_values=images)
+    assert torch.is_tensor(y) or y.pooler_output is not None
+    assert token_state(net).origin().shape == (2, 25)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
