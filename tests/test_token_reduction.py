@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from importlib.util import find_spec
 
@@ -138,6 +139,17 @@ def test_dropping_before_a_dense_head_warns():
         warnings.simplefilter("error")
         accelerate(model(pool="avg"), TOME(2))
         accelerate(model(), EVIT(0.6, layers=(1,)))
+
+
+@every_schedule
+def test_copies_have_a_state_of_their_own(name):
+    """One for all their blocks, also when a forward with gradients came before."""
+    net, _ = accelerate(model(), recipes.tokens(SCHEDULES[name]))
+    y = net(pixels())
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(pixels()), y)
+    states = {id(block.state) for block in blocks_of(twin)}
+    assert len(states) == 1 and states != {id(token_state(net))}
 
 
 def test_schedules_come_and_go():

@@ -69,6 +69,10 @@ class TokenState:
         self.num_prefix_tokens, self.keeps_dropped = num_prefix_tokens, keeps_dropped
         self.start(None)
 
+    def __deepcopy__(self, memo: dict) -> TokenState:
+        """For a copy of the model: without what a forward left here, which may be part of a graph."""
+        return TokenState(self.num_prefix_tokens, self.keeps_dropped)
+
     def start(self, x: Tensor | None) -> None:
         """x (B, N, C): what the first block reads."""
         self.shape = None if x is None else tuple(x.shape[:2])
