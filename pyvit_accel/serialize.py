@@ -20,7 +20,9 @@ from torch import nn
 from pyvit_accel import adapters, modules
 from pyvit_accel.files import check_writable, read_metadata, read_tensors, write_safetensors
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig
+from pyvit_accel.modules.token_block import TokenBlock
 from pyvit_accel.token_reduction import from_dict
+from pyvit_accel.tokens.window_merge import MergedMlp
 
 FORMAT_VERSION = 2
 UNREADABLE = {
@@ -31,6 +33,7 @@ UNREADABLE = {
     "damaged": "load: {path} is truncated or not a safetensors file ({error}); copy or save it again",
 }
 CLASSES = {name: getattr(modules, name) for name in modules.__all__}
+TOKEN_BLOCK_PARTS = ("qkv", "proj", "fc1", "fc2")
 TABLES = {name: getattr(adapters, name) for name in ("ATTENTIONS", "BLOCKS", "MLPS", "PATCH_EMBEDS")}
 
 
@@ -43,6 +46,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     if made is None:
         name = type(model).__name__
         raise ValueError(f"save: {name} was not accelerated; pass what accelerate(model, recipe) returned")
+    _check_whole(model)
     path = check_writable(path)
     if isinstance(model, VisionTransformer):
         architecture = {"vit": model.config.to_dict()}
@@ -50,6 +54,31 @@ def save(model: nn.Module, path: str | Path) -> None:
         architecture = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
     header = {"version": FORMAT_VERSION, "architecture": architecture, **made}
     write_safetensors(path, model.state_dict(), {"pyvit_accel": json.dumps(header)})
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise ValueError for what the header of this model does not say: load would leave it out."""
+    inner = next((n for n, m in model.named_modules() if n and "tokens" in getattr(m, "pyvit_accel", {})), None)
+    if inner is not None:
+        name = type(model).__name__
+        raise ValueError(f"save: the tokens of {inner} are reduced, which {name} does not know; save {inner} itself")
+    inside = [spec["name"] for spec in model.pyvit_accel["modules"] if _inside_token_block(model, spec["name"])]
+    if inside:
+        raise ValueError(
+            f"save: {inside[0]} was replaced after the tokens of its block were reduced, which load could not repeat; "
+            "accelerate with both in one call, recipe + TOME(...), or first with the recipe"
+        )
+
+
+def _inside_token_block(model: nn.Module, name: str) -> bool:
+    """Whether a module was part of a TokenBlock, or of a MergedMlp, when it was replaced."""
+    module = model
+    for part in name.split("."):
+        parts = TOKEN_BLOCK_PARTS if isinstance(module, TokenBlock) else ("mlp",) if isinstance(module, MergedMlp) else ()
+        if part in parts:
+            return True
+        module = getattr(module, part, None)
+    return False
 
 
 def read_header(path: str | Path) -> dict:
@@ -88,6 +117,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ValueError(f"load: {path} holds a {name}; pass the float model, load(path, model=...)")
         with torch.device("meta"):
             model = VisionTransformer(ViTConfig.from_dict(architecture["vit"]))
+    model.eval()
     tokens = from_dict(header["tokens"]).read(model) if "tokens" in header else None
     before = dict(model.named_modules())
     for spec in header["modules"]:

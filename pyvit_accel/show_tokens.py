@@ -127,7 +127,7 @@ def _origins(model: nn.Module, image: Tensor) -> list[tuple[Tensor, int]]:
     hooks = [block.register_forward_hook(look) for block in model.modules() if isinstance(block, ReducingBlock)]
     try:
         with torch.inference_mode():
-            model(image)
+            getattr(model, "forward_features", model)(image)  # where a model computes all tokens of its last block
     finally:
         for hook in hooks:
             hook.remove()

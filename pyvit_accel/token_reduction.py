@@ -16,6 +16,7 @@ from torch import nn
 from pyvit_accel import adapters
 from pyvit_accel.adapters import BLOCKS, MLPS
 from pyvit_accel.adapters.tokens import TokenLayout, token_layout
+from pyvit_accel.adapters.windows import IN_WINDOWS
 from pyvit_accel.convert import Entry, Report
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.modules import ExpFreeAttention, QuantMlp
@@ -41,7 +42,10 @@ class Reduction:
     def read(self, model: nn.Module) -> Reading:
         """Before anything is replaced. Raises ValueError where the counts do not fit the model."""
         layout, blocks = token_layout(model), _blocks(model)
+        _check_eval(model, *(block for block, _ in blocks.values()))
         if self.num_prefix_tokens is not None:
+            if self.num_prefix_tokens < 0:
+                raise ValueError(f"num_prefix_tokens={self.num_prefix_tokens}; use 0 or more")
             layout = replace(layout, num_prefix_tokens=self.num_prefix_tokens)
         if self.schedule is not None:
             self.schedule.steps(len(blocks))
@@ -99,6 +103,8 @@ class Reading:
                 )
         state = TokenState(self.layout.num_prefix_tokens, keeps_dropped=restore)
         for i, (block, step) in enumerate(zip(blocks, steps, strict=True)):
+            if step is not None:
+                step.train(block.training).to(block.norm1.weight)
             block.reduce(step, state, is_first=i == 0, restores=restore and i == len(blocks) - 1)
 
     def report(self, report: Report, names: list[str]) -> Report:
@@ -136,10 +142,16 @@ class WindowReduction:
 
     def read(self, model: nn.Module) -> WindowReading:
         """Before anything is replaced. Raises Unsupported for a model without MLPs that are known."""
+        _check_eval(model)
+        if any(isinstance(module, MergedMlp) for module in model.modules()):
+            raise ValueError(f"{type(model).__name__} merges in windows already; start from the model before")
         names = [name for name, module in model.named_modules() if _is_mlp(module)]
         if not names:
             raise Unsupported(f"{type(model).__name__} has no MLP whose tokens can be merged in windows")
-        return WindowReading(self, tuple(names))
+        if prefix := token_layout(model).num_prefix_tokens:
+            raise Unsupported(f"{type(model).__name__} has {prefix} tokens that stand in no window; use TOME")
+        grids = (getattr(model.get_submodule(name.rpartition(".")[0]), "input_resolution", None) for name in names)
+        return WindowReading(self, dict(zip(names, grids, strict=True)))
 
     def to_dict(self) -> dict:
         """A dictionary that json can write."""
@@ -149,15 +161,15 @@ class WindowReduction:
 @dataclass(frozen=True)
 class WindowReading:
     reduction: WindowReduction
-    names: tuple[str, ...]
+    names: Mapping[str, tuple[int, int] | None]  # with the grid, where the block around an MLP knows it
 
     def apply(self, model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> list[str]:
         """Wrap the MLPs, whatever they have become. Returns their names. Raises Unsupported where a block took one."""
-        for name in self.names:
+        for name, grid in self.names.items():
             if isinstance(model.get_submodule(name.rpartition(".")[0]), ReducingBlock):
                 raise Unsupported(f"{name} became part of a fused block, whose tokens a TokenSchedule reduces")
-            mlp = model.get_submodule(name)
-            model.set_submodule(name, MergedMlp(mlp, self.reduction.ratio, self.reduction.window).train(mlp.training))
+            merged = MergedMlp(model.get_submodule(name), self.reduction.ratio, self.reduction.window, grid)
+            model.set_submodule(name, merged.eval())
         model.pyvit_accel = getattr(model, "pyvit_accel", {"recipe": "", "modules": []}) | {
             "tokens": self.reduction.to_dict()
         }
@@ -181,6 +193,13 @@ def from_dict(values: dict) -> Reduction | WindowReduction:
 def _exp_free(block: nn.Module) -> ExpFreeAttention | None:
     """What computes the attention of a block instead of softmax, if a recipe put it there."""
     return next((m for m in block.modules() if isinstance(m, ExpFreeAttention)), None)
+
+
+def _check_eval(*modules: nn.Module) -> None:
+    """Dropout and stochastic depth are left out of what takes a block's place."""
+    training = [type(module).__name__ for module in modules if module.training]
+    if training:
+        raise ValueError(f"reduce_tokens: {training[0]} is in training mode; call model.eval() first")
 
 
 def _is_mlp(module: nn.Module) -> bool:
@@ -233,7 +252,8 @@ def _blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockParts | None]]:
             try:
                 blocks[name] = module, adapter.parts(module)
             except Unsupported as reason:
-                raise Unsupported(f"{name}: {reason}: its tokens stay; for windows use recipes.WINDOW_MERGE") from None
+                hint = "; use recipes.WINDOW_MERGE" if IN_WINDOWS in str(reason) else ""
+                raise Unsupported(f"{name}: {reason}: its tokens cannot be reduced{hint}") from None
     if not blocks:
         raise Unsupported(f"{type(model).__name__} has no block whose tokens can be reduced")
     chains = list(dict.fromkeys(re.sub(r"\.?\d+(\.[a-z_]+)*$", "", name) for name in blocks))

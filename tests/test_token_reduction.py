@@ -309,6 +309,47 @@ def test_refused_with_the_numbers(make, error, text):
         make()
 
 
+def test_what_a_file_cannot_hold_is_not_saved(tmp_path):
+    path = tmp_path / "net.safetensors"
+    reduced, _ = accelerate(model(), TOME(3))
+    after, _ = accelerate(reduced, W8A16)
+    assert relative_error(run(after), run(reduced)) < 0.1
+    with pytest.raises(ValueError, match=r"blocks\.0\.qkv\.0 was replaced after .*; accelerate with both in one call"):
+        save(after, path)
+    outer = torch.nn.Sequential(model()).eval()
+    outer, _ = accelerate(outer, W8A8_DYNAMIC)
+    reduce_tokens(outer[0], SCHEDULES["tome"])
+    with pytest.raises(ValueError, match=r"the tokens of 0 are reduced, which Sequential does not know; save 0 itself"):
+        save(outer, path)
+    assert not path.exists()
+
+
+def test_no_class_token_to_rank_by():
+    timm = import_timm()
+    options = {"class_token": False, "global_pool": "avg", "embed_dim": 32, "depth": 2, "num_heads": 2}
+    net = timm.models.vision_transformer.VisionTransformer(32, 8, num_classes=3, **options).eval()
+    for method, arguments in (
+        ("evit", {"layers": [1]}), ("diffrate", {"prune": [9, 8], "merge": [8, 8]}), ("zero_tprune", {"layers": [1]}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"0 tokens of the prefix; it ranks patches by what the class token"):
+            reduce_tokens(net, TokenSchedule(method, arguments))
+    images = torch.randn(2, 3, 32, 32)
+    uniform = {"layers": [1], "start": "uniform", "similar": 2}
+    for schedule in (TokenSchedule("tome", {"r": 2}), TokenSchedule("zero_tprune", uniform)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert run(reduce_tokens(net, schedule), images).isfinite().all()
+    assert run(net, images[:0]).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"VisionTransformer is in training mode; call model\.eval\(\) first"):
+        reduce_tokens(net.train(), schedule)
+
+
+def test_state_before_a_forward():
+    net, _ = accelerate(model(), TOME(3))
+    with pytest.raises(ValueError, match=r"no forward since the schedule was set; call the model first"):
+        token_state(net).origin()
+
+
 def test_a_mask_is_refused():
     net, _ = accelerate(model(), W8A8 + TOME(3), [pixels()])
     with pytest.raises(ValueError, match=r"attn_mask came to a block whose tokens are reduced"):

@@ -138,8 +138,24 @@ def test_refused_with_the_numbers():
         MergedMlp(Count(), 0.5)(torch.randn(1, 5, 4))
     with pytest.raises(Unsupported, match=r"Linear has no MLP"):
         accelerate(nn.Linear(4, 4).eval(), WINDOW_MERGE(0.5))
+    with pytest.raises(Unsupported, match=r"VisionTransformer has 1 tokens that stand in no window; use TOME"):
+        accelerate(vit(), WINDOW_MERGE(0.5))
+    timm = import_timm()
+    options = {"class_token": False, "global_pool": "avg", "embed_dim": 32, "depth": 2, "num_heads": 2}
+    net = timm.models.vision_transformer.VisionTransformer(32, 8, **options).eval()
     with pytest.raises(Unsupported, match=r"became part of a fused block"):
-        accelerate(vit(), W8A8 + WINDOW_MERGE(0.5), [torch.randn(2, 3, 32, 32)])
+        accelerate(net, W8A8 + WINDOW_MERGE(0.5), [torch.randn(2, 3, 32, 32)])
+    once, _ = accelerate(net, WINDOW_MERGE(0.5))
+    with pytest.raises(ValueError, match=r"merges in windows already"):
+        accelerate(once, WINDOW_MERGE(0.2))
+
+
+def test_grids_that_are_not_square():
+    """Of a sequence, as the block around the MLP knows it."""
+    x, mlp = torch.randn(2, 2 * 8, 24), Count()
+    y = MergedMlp(mlp, 0.5, 2, (2, 8))(x)
+    for image, out in zip(x.view(2, 2, 8, 24), y.view(2, 2, 8, 24), strict=True):
+        torch.testing.assert_close(out, by_hand(image, mlp, 0.5, 2))
 
 
 def test_blocks_in_windows_are_named():

@@ -135,7 +135,8 @@ class TokenBlock(ReducingBlock):
         B, N, _ = x.shape
         y = self.norm1(x)
         qkv = torch.cat([linear(y) for linear in self.qkv], -1) if len(self.qkv) > 1 else self.qkv[0](y)
-        q, k, v = qkv.view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        head_dim = qkv.shape[2] // (3 * self.num_heads)
+        q, k, v = qkv.view(B, N, 3, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
         q, k = (t if norm is None else norm(t) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         return FloatHeads(q, k, v, self.scale, None if self.state is None else self.state.key_bias)
 

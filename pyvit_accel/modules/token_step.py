@@ -101,7 +101,13 @@ class TokenState:
         self.size = size
 
     def origin(self) -> Tensor:
-        """(B, N) int32 of the tokens that the first block read: the row they are part of now, or -1."""
+        """(B, N) int32 of the tokens that the first block read: the row they are part of now, or -1.
+
+        Where a model computes only what its head reads of the last block, the step of that block was left out. Raises
+        ValueError before the first forward.
+        """
+        if self.shape is None:
+            raise ValueError("TokenState.origin: no forward since the schedule was set; call the model first")
         B, N = self.shape
         row = torch.arange(N, dtype=torch.int32).expand(B, N)
         for assign, _, _ in self.moves:
@@ -116,6 +122,14 @@ class TokenState:
             if rows is not None:
                 x.scatter_(1, dropped.long()[..., None].expand_as(rows), rows.to(x.dtype))
         return x
+
+
+def check_class_token(method: str, num_prefix_tokens: int) -> None:
+    if num_prefix_tokens < 1:
+        raise ValueError(
+            f"{method}: 0 tokens of the prefix; it ranks patches by what the class token attends to: use TOME, or "
+            "ZERO_TPRUNE with start='uniform'"
+        )
 
 
 class TokenStep(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyvit_accel import ops
-from pyvit_accel.modules.token_step import Heads, Rows, TokenState, TokenStep
+from pyvit_accel.modules.token_step import Heads, Rows, TokenState, TokenStep, check_class_token
 
 from .schedule import Steps, method
 
@@ -34,6 +34,7 @@ class SortPruneMerge(TokenStep):
         return kept, min(self.num_merged, kept)
 
     def rows(self, N: int, num_prefix_tokens: int) -> Rows:
+        check_class_token("DiffRate", num_prefix_tokens)
         kept, merged = self._counts(N)
         if merged < num_prefix_tokens + (kept > merged):
             came = f"{merged} tokens are left of {N}, {num_prefix_tokens} of them prefix"
@@ -118,6 +119,8 @@ def diffrate(
             came = f"no schedule {model!r} {budget!r}"
             raise ValueError(f"DiffRate: {came}; there are {known}, or pass prune= and merge=")
         prune, merge = SCHEDULES[model, budget]
+    if not all(isinstance(count, int) for count in (*prune, *merge)):
+        raise ValueError(f"DiffRate: counts {[*prune, *merge]} must be whole numbers of tokens")
     if len(prune) != len(merge):
         raise ValueError(f"DiffRate: {len(prune)} counts to prune to and {len(merge)} to merge to; pass one per block")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyvit_accel import ops
-from pyvit_accel.modules.token_step import Heads, Rows, TokenState, TokenStep
+from pyvit_accel.modules.token_step import Heads, Rows, TokenState, TokenStep, check_class_token
 
 from .schedule import Steps, at_layers, method
 
@@ -39,6 +39,7 @@ class KeepAttended(TokenStep):
         return math.ceil(self.rate * (N - prefix))
 
     def rows(self, N: int, num_prefix_tokens: int) -> Rows:
+        check_class_token("EViT", num_prefix_tokens)
         kept = num_prefix_tokens + self._keep(N, num_prefix_tokens)
         return Rows(N, N, N, min(kept + 1, N)) if self.fuse else Rows(N, kept, kept, kept)
 

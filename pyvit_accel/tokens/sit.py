@@ -51,6 +51,8 @@ class SlimTokens(TokenStep):
     def before(self, x: Tensor, state: TokenState) -> Tensor:
         p = state.num_prefix_tokens
         patches = x[:, p:]
+        if self.keep > patches.shape[1]:
+            raise ValueError(f"SiT: keep={self.keep} of {patches.shape[1]} patches; counts must not grow")
         y, weight = slim(patches, self.scale * self.slots(F.gelu(self.hidden(self.norm(patches)))))
         # Where a patch weighs most is as near as a map of rows to rows comes to a soft assignment.
         prefix = torch.arange(p, device=x.device).expand(x.shape[0], p)

@@ -19,19 +19,22 @@ MOST = 16  # tokens on a side of the windows that are chosen when none is given
 
 
 class MergedMlp(nn.Module):
-    """x (B, h, w, C), or (B, N, C) of a square grid, float in and out, for an MLP that takes any leading shape.
+    """x (B, h, w, C), or (B, N, C) of a grid, float in and out, for an MLP that takes any leading shape.
 
     ratio   the part of a window's tokens that merge, 0 to 0.5
     window  tokens on a side, which must divide h and w; None: the largest common divisor up to 16
+    grid    rows and columns of x (B, N, C); None: it is square
     """
 
-    def __init__(self, mlp: nn.Module, ratio: float, window: int | None = None) -> None:
+    def __init__(
+        self, mlp: nn.Module, ratio: float, window: int | None = None, grid: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         check_ratio(ratio, window)
-        self.mlp, self.ratio, self.window = mlp, ratio, window
+        self.mlp, self.ratio, self.window, self.grid = mlp, ratio, window, grid
 
     def forward(self, x: Tensor) -> Tensor:
-        B, h, w = _grid(x)
+        B, h, w = _grid(x, self.grid)
         side = _window(h, w, self.window)
         C, T = x.shape[-1], side * side
         merges = int(self.ratio * T)
@@ -56,9 +59,11 @@ def check_ratio(ratio: float, window: int | None) -> None:
         raise ValueError(f"window merge: window={window}; use 2 or more tokens on a side")
 
 
-def _grid(x: Tensor) -> tuple[int, int, int]:
+def _grid(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, int, int]:
     if x.dim() == 4:
         return tuple(x.shape[:3])
+    if x.dim() == 3 and grid is not None and grid[0] * grid[1] == x.shape[1]:
+        return x.shape[0], *grid
     side = round(x.shape[1] ** 0.5) if x.dim() == 3 else 0
     if side * side != (x.shape[1] if x.dim() == 3 else -1):
         raise ValueError(f"window merge: x has shape {tuple(x.shape)}; expected (B, h, w, C), or N = h h tokens")

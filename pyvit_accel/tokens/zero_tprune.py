@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyvit_accel import ops
-from pyvit_accel.modules.token_step import Heads, Rows, TokenState, TokenStep
+from pyvit_accel.modules.token_step import Heads, Rows, TokenState, TokenStep, check_class_token
 
 from ._index import rest_of
 from .schedule import Steps, at_layers, method
@@ -95,6 +95,8 @@ class KeepImportant(TokenStep):
         return math.ceil(self.rate * patches)
 
     def rows(self, N: int, num_prefix_tokens: int) -> Rows:
+        if self.start == "class":
+            check_class_token("Zero-TPrune", num_prefix_tokens)
         n = N - num_prefix_tokens
         most = min(n // 2, n - self.keep(n))
         if self.similar > most:
