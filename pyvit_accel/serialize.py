@@ -33,7 +33,7 @@ UNREADABLE = {
     "damaged": "load: {path} is truncated or not a safetensors file ({error}); copy or save it again",
 }
 CLASSES = {name: getattr(modules, name) for name in modules.__all__}
-TOKEN_BLOCK_PARTS = ("qkv", "proj", "fc1", "fc2")
+REPLACED_INSIDE = {TokenBlock: ("qkv", "proj", "fc1", "fc2"), MergedMlp: ("mlp",)}
 TABLES = {name: getattr(adapters, name) for name in ("ATTENTIONS", "BLOCKS", "MLPS", "PATCH_EMBEDS")}
 
 
@@ -74,8 +74,7 @@ def _inside_token_block(model: nn.Module, name: str) -> bool:
     """Whether a module was part of a TokenBlock, or of a MergedMlp, when it was replaced."""
     module = model
     for part in name.split("."):
-        parts = TOKEN_BLOCK_PARTS if isinstance(module, TokenBlock) else ("mlp",) if isinstance(module, MergedMlp) else ()
-        if part in parts:
+        if part in REPLACED_INSIDE.get(type(module), ()):
             return True
         module = getattr(module, part, None)
     return False
