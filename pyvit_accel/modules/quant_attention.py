@@ -91,30 +91,40 @@ class QuantAttention(SoftmaxHolder):
         B, N, _ = qkv.shape
         return qkv.view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _quantize_heads(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """Float (B, H, N, D) to codes and scale (B, H, N), through the norm if there is one."""
+    def _quantize_heads(
+        self, x: Tensor, norm: nn.Module | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Float (B, H, N, D) to codes and scale (B, H, N), through the norm if there is one; index as ops.quantize."""
         x = x.transpose(1, 2)
         if isinstance(norm, nn.LayerNorm):
-            codes, scale = ops.norm_quant(x, norm.weight, norm.bias, eps=norm.eps, bits=self.head_bits)
+            codes, scale = ops.norm_quant(x, norm.weight, norm.bias, eps=norm.eps, bits=self.head_bits, index=index)
         else:
-            codes, scale = ops.quantize(x if norm is None else norm(x), bits=self.head_bits)
-        return codes.transpose(1, 2), scale.view(x.shape[:-1]).transpose(1, 2)
+            codes, scale = ops.quantize(x if norm is None else norm(x), bits=self.head_bits, index=index)
+        return codes.view(x.shape).transpose(1, 2), scale.view(x.shape[:-1]).transpose(1, 2)
 
     def _heads(
-        self, codes: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor] | None, grid: Sequence[int]
-    ) -> tuple[tuple[tuple[Tensor, Tensor], ...], tuple[Tensor, Tensor] | None]:
+        self, codes: Tensor, scale: Tensor, rotary: tuple[Tensor, Tensor] | None, grid: Sequence[int],
+        index: Tensor | None = None,
+    ) -> tuple[tuple[tuple[Tensor, Tensor], ...], tuple[Tensor, Tensor] | None]:  # fmt: skip
         """(codes, scale) of q, k and v, and what their place on the grid adds to the scores."""
+        static = {} if self.head_scale is None else {"out_scale": self.qkv_scale, "out_bits": self.head_bits}
+        qkv = self.qkv.matmul(codes, scale, index=index, **static)
+        q, k, v = self._split(qkv if index is None else qkv[None])
         if self.head_scale is not None:
-            qkv = self.qkv.matmul(codes, scale, out_scale=self.qkv_scale, out_bits=self.head_bits)
-            return tuple(zip(self._split(qkv), self.head_scale, strict=True)), None
-        q, k, v = self._split(self.qkv.matmul(codes, scale))
+            return tuple(zip((q, k, v), self.head_scale, strict=True)), None
         norms, grid_bias = (self.q_norm, self.k_norm), None
         if self.position is not None and self.position.reads_heads:
             q, k = (x if norm is None else norm(x) for x, norm in zip((q, k), norms, strict=True))
             norms, grid_bias = (None, None), self.position.grid_bias(q, grid)
             q, k = self.position.heads(q, k, rotary)
         heads = zip((q, k, v), (*norms, None), strict=True)
-        return tuple(self._quantize_heads(x, norm) for x, norm in heads), grid_bias
+        rows = None if index is None else self._head_rows(index)
+        return tuple(self._quantize_heads(x, norm, rows) for x, norm in heads), grid_bias
+
+    def _head_rows(self, index: Tensor) -> Tensor:
+        """index (M,) of tokens as one (M H,) of their heads."""
+        head = torch.arange(self.num_heads, dtype=torch.int32, device=index.device)
+        return torch.where(index[:, None] < 0, -1, self.num_heads * index[:, None] + head).flatten()
 
     def heads(
         self,
@@ -123,13 +133,14 @@ class QuantAttention(SoftmaxHolder):
         key_bias: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         grid: Sequence[int] = (),
+        index: Tensor | None = None,
     ) -> QuantHeads:
-        """Of int8 codes (B, N, C) of normalised tokens.
+        """Of int8 codes (B, N, C) of normalised tokens; of codes (T, C) with index (T,), packed: 0, 1, ..., then -1.
 
         key_bias (B, N) is added to the scores of every key. rotary and grid are for a position: its cos and sin, and
         the rows and columns of N tokens.
         """
-        qkv, grid_bias = self._heads(codes, scale, rotary, grid)
+        qkv, grid_bias = self._heads(codes, scale, rotary, grid, index)
         return QuantHeads(*qkv, self.scale, grid_bias, key_bias)
 
     def weigh(self, heads: QuantHeads, attn_mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:

@@ -13,15 +13,9 @@ from pyvit_accel import ops
 from pyvit_accel.formats.softmax import SoftmaxFormat
 
 from .quant_attention import QuantAttention, QuantHeads
-from .quant_linear import QuantLinear
 from .quant_mlp import QuantMlp
 from .token_block import ReducingBlock
 from .token_step import Lists
-
-
-def _format(linear: QuantLinear) -> tuple[int, float]:
-    """Bits of the codes a Linear reads, and their clip: a static scale has none."""
-    return linear.x_bits, linear.x_clip if linear.x_scale is None else 1.0
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
@@ -91,9 +85,8 @@ class QuantBlock(ReducingBlock):
         return self.state.size is not None
 
     def heads(self, x: Tensor) -> QuantHeads:
-        norm, qkv = self.norm1, self.attention.qkv
-        codes, scale = ops.norm_quant(x, norm.weight, norm.bias, qkv.x_scale, norm.eps, *_format(qkv))
-        return self.attention.heads(codes, scale, None if self.state is None else self.state.key_bias)
+        codes = self.attention.qkv.quantize_norm(self.norm1, x)
+        return self.attention.heads(*codes, None if self.state is None else self.state.key_bias)
 
     def attend(self, heads: QuantHeads, index: Tensor | None) -> Tensor:
         return self.attention.weigh(heads, index=index)

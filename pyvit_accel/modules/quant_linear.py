@@ -153,20 +153,33 @@ class QuantLinear(PackedWeight):
         new.pack(plan.codes, plan.w_scale, bias)
         return new
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Float x (..., K) to the codes and scale that matmul takes."""
+    def quantize(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Float x (..., K), or its rows in index, to the codes and scale that matmul takes."""
         if self.x_scale is None:
-            return ops.quantize(x, minimum=self.x_minimum, bits=self.code_bits, clip=self.x_clip, table=self.x_table)
-        return ops.quantize(x, self.x_scale, self.x_zero_point, bits=self.x_bits)
+            form = {"minimum": self.x_minimum, "bits": self.code_bits, "clip": self.x_clip, "table": self.x_table}
+            return ops.quantize(x, **form, index=index)
+        return ops.quantize(x, self.x_scale, self.x_zero_point, bits=self.x_bits, index=index)
+
+    def quantize_norm(self, norm: nn.LayerNorm, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same of norm(x)."""
+        clip = self.x_clip if self.x_scale is None else 1.0  # a static scale has none
+        return ops.norm_quant(x, norm.weight, norm.bias, self.x_scale, norm.eps, self.x_bits, clip, index=index)
 
     def matmul(self, codes: Tensor, scale: Tensor | None = None, **epilogue) -> Tensor:
         """int8 codes (..., K) to (..., N); epilogue as in ops.lowbit_linear. scale: only when it is dynamic."""
         self.check_inputs(codes)
+        return ops.lowbit_linear(*self._operands(codes, scale), x_zero_point=self.x_zero_point, **epilogue)
+
+    def add_matmul(self, out: Tensor, out_index: Tensor, codes: Tensor, scale: Tensor | None = None, **rest) -> None:
+        """The same added to the rows out_index of out, in place; rest as in ops.lowbit_linear_scatter."""
+        self.check_inputs(codes)
+        operands = self._operands(codes, scale)
+        ops.lowbit_linear_scatter(out, out_index, *operands, x_zero_point=self.x_zero_point, **rest)
+
+    def _operands(self, codes: Tensor, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         if self.x_scale is not None:
             scale = self.x_scale if self.x_scale.shape[0] == 1 else self.unit_scale
-        return ops.lowbit_linear(
-            codes, scale, self.w_packed, self.w_scale, self.bias, x_zero_point=self.x_zero_point, **epilogue
-        )
+        return codes, scale, self.w_packed, self.w_scale, self.bias
 
     def formats(self) -> tuple[str, str]:
         return f"int{self.w_bits}", f"int{self.x_bits}"

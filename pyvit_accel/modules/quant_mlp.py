@@ -17,18 +17,23 @@ class QuantMlp(nn.Module):
 
     def apply_codes(self, codes: Tensor, scale: Tensor, **epilogue) -> Tensor:
         """Int8 codes (..., C) to fc2's output; epilogue as in ops.lowbit_linear."""
+        return self.fc2.matmul(*self.hidden(codes, scale), **epilogue)
+
+    def hidden(self, codes: Tensor, scale: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Codes and scale that fc2 reads, of int8 codes (..., C), or of their rows in index where it is not below 0."""
         fc1, fc2 = self.fc1, self.fc2
         if fc2.x_scale is None:
-            return fc2.matmul(*fc2.quantize(fc1.matmul(codes, scale, activation=self.activation)), **epilogue)
-        hidden = fc1.matmul(
+            return fc2.quantize(fc1.matmul(codes, scale, activation=self.activation, index=index), index)
+        codes = fc1.matmul(
             codes,
             scale,
             activation=self.activation,
             out_scale=fc2.x_scale,
             out_zero_point=fc2.x_zero_point,
             out_bits=fc2.x_bits,
+            index=index,
         )
-        return fc2.matmul(hidden, **epilogue)
+        return codes, None
 
     def forward(self, x: Tensor) -> Tensor:
         return refuse_gradient(self.apply_codes(*self.fc1.quantize(x)).to(x.dtype), x)
