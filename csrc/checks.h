@@ -27,6 +27,12 @@ inline std::optional<at::Tensor> float_features(const std::optional<at::Tensor>&
   check_dtype(*t, at::kFloat, what), check_shape(*t, {n}, what);
   return t->contiguous();
 }
+// int32 values that are indices: memory is reached through them.
+inline void check_range(const at::Tensor& t, int64_t lowest, int64_t below, const char* what) {
+  const int32_t* p = t.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < t.numel(); ++i)
+    TORCH_CHECK_VALUE(lowest <= p[i] && p[i] < below, what, " has ", p[i], ", outside ", lowest, "..", below - 1);
+}
 inline void check_bits(int64_t bits) { TORCH_CHECK_VALUE(2 <= bits && bits <= 8, "codes have 2 to 8 bits, got ", bits); }
 // What takes the place of 8-bit codes, or nothing; contiguous.
 inline std::optional<at::Tensor> code_table(const std::optional<at::Tensor>& t, int64_t bits) {

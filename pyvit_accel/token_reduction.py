@@ -81,9 +81,7 @@ class Reading:
                 names.append(name)
             new.append(block)
         self._set_steps(model, new)
-        model.pyvit_accel = getattr(model, "pyvit_accel", {"recipe": "", "modules": []}) | {
-            "tokens": self.reduction.to_dict()
-        }
+        _record(model, self.reduction)
         return names
 
     def _set_steps(self, model: nn.Module, blocks: list[ReducingBlock]) -> None:
@@ -170,9 +168,7 @@ class WindowReading:
                 raise Unsupported(f"{name} became part of a fused block, whose tokens a TokenSchedule reduces")
             merged = MergedMlp(model.get_submodule(name), self.reduction.ratio, self.reduction.window, grid)
             model.set_submodule(name, merged.eval())
-        model.pyvit_accel = getattr(model, "pyvit_accel", {"recipe": "", "modules": []}) | {
-            "tokens": self.reduction.to_dict()
-        }
+        _record(model, self.reduction)
         return list(self.names)
 
     def report(self, report: Report, names: list[str]) -> Report:
@@ -188,6 +184,12 @@ def from_dict(values: dict) -> Reduction | WindowReduction:
         return WindowReduction(**values)
     schedule = None if values["schedule"] is None else TokenSchedule(**values["schedule"])
     return Reduction(schedule, values["num_prefix_tokens"], values["restore"])
+
+
+def _record(model: nn.Module, reduction: Reduction | WindowReduction) -> None:
+    """For save."""
+    made = getattr(model, "pyvit_accel", {"recipe": "", "modules": []})
+    model.pyvit_accel = made | {"tokens": reduction.to_dict()}
 
 
 def _exp_free(block: nn.Module) -> ExpFreeAttention | None:

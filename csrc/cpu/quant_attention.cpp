@@ -72,8 +72,7 @@ Results quant_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at
     check_dtype(q_index, at::kInt, "q_index"), check_shape(q_index, {B, Nq}, "q_index");
     TORCH_CHECK_VALUE(!cu_seqlens_q, "packed sequences take no q_index");
     a.q_index = q_index.const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < q_index.numel(); ++i)
-      TORCH_CHECK_VALUE(0 <= a.q_index[i] && a.q_index[i] < rows, "q_index has ", a.q_index[i], ", outside 0..", rows - 1);
+    check_range(q_index, 0, rows, "q_index");
   }
   Maybe out_scale;
   if (out_scale_in) out_scale = float_vector(*out_scale_in, H * D, "out_scale");

@@ -5,42 +5,10 @@
 namespace pyvit_accel {
 namespace {
 
-// Lists of rows, one for each of M rows of an image's output.
-struct Lists {
-  const int32_t *ptr, *col;
-  const float* weight;
-  int64_t M, L;
-
-  // y = sum of weight x[col] / sum of weight, as mix_tokens' mean: a list of one row is that row.
-  void mean(int64_t b, int64_t m, const float* x, int64_t width, float* y) const {
-    const int32_t *ends = ptr + b * (M + 1) + m, *rows = col + b * L;
-    const float* w = weight + b * L;
-    int32_t count = 0, only = 0;
-    for (int32_t t = ends[0]; t < ends[1]; ++t)
-      if (rows[t] >= 0) only = rows[t], ++count;
-    if (count == 1) {
-      std::memcpy(y, x + only * width, width * sizeof(float));
-      return;
-    }
-    std::memset(y, 0, width * sizeof(float));
-    float total = 0;
-    for (int32_t t = ends[0]; t < ends[1]; ++t) {
-      if (rows[t] < 0) continue;
-      const float *row = x + rows[t] * width, scale = w[t];
-      for (int64_t c = 0; c < width; ++c) y[c] += scale * row[c];
-      total += scale;
-    }
-    for (int64_t c = 0; total != 0 && c < width; ++c) y[c] /= total;
-    if (total == 0) std::memset(y, 0, width * sizeof(float));
-  }
-};
-
-void check_index(const at::Tensor& t, int64_t rows, int64_t lowest, int64_t below, const char* what) {
+void check_index(const at::Tensor& t, int64_t images, int64_t lowest, int64_t below, const char* what) {
   check_dtype(t, at::kInt, what);
-  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows, what, " must be (B, ...), got ", t.sizes());
-  const int32_t* p = t.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < t.numel(); ++i)
-    TORCH_CHECK_VALUE(lowest <= p[i] && p[i] < below, what, " has ", p[i], ", outside ", lowest, "..", below - 1);
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == images, what, " must be (B, ...), got ", t.sizes());
+  check_range(t, lowest, below, what);
 }
 
 at::Tensor quant_project(const at::Tensor& x_in, const at::Tensor& residual_in, const std::optional<at::Tensor>& col_in,
@@ -56,37 +24,37 @@ at::Tensor quant_project(const at::Tensor& x_in, const at::Tensor& residual_in, 
   at::Tensor col, ptr, weight;
   if (col_in) check_index(col = col_in->contiguous(), B, ptr_in ? -1 : 0, N, "col");
   int64_t M = col_in ? col.size(1) : N;
-  Lists lists = {};
+  Mix mix = {};  // of lists of x and of residual; of residual alone, a gather
+  mix.reduce = ptr_in ? Reduce::mean : Reduce::sum, mix.width = 1;
   if (ptr_in) {
     TORCH_CHECK_VALUE(col_in && weight_in && Nx == N, "lists need col and weight, and x like residual");
     check_index(ptr = ptr_in->contiguous(), B, 0, col.size(1) + 1, "ptr");
     weight = weight_in->contiguous();
     check_dtype(weight, at::kFloat, "weight"), check_shape(weight, col.sizes(), "weight");
     M = ptr.size(1) - 1;
-    lists = {ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), weight.const_data_ptr<float>(), M, col.size(1)};
+    mix.ptr = ptr.const_data_ptr<int32_t>(), mix.weight = weight.const_data_ptr<float>();
   } else {
     TORCH_CHECK_VALUE(Nx == M, "x has ", Nx, " rows, expected ", M);
   }
+  if (col_in) mix.col = col.const_data_ptr<int32_t>(), mix.L = col.size(1), mix.M = M;
   const at::Tensor out = at::empty({B, M, C}, x.options());
   if (out.numel() == 0) return out;
   const float *attended = x.const_data_ptr<float>(), *before = residual.const_data_ptr<float>();
-  const int64_t mixed = lists.ptr ? 4 * K : 0;  // bytes of a row that is a mean
+  const int64_t mixed = mix.ptr ? 4 * K : 0;  // bytes of a row that is a mean
+  const auto mix_rows = [&](const float* of, int64_t width, int64_t m, int64_t rows, float* y) {  // rows m .. m + rows
+    Mix p = mix;
+    p.x = of, p.x_stride[0] = N * width, p.x_stride[1] = p.C = width, p.y = y - m * width;
+    kernels().mix_tokens(p, m, m + rows);
+  };
   in_panels(
       B * M, 5 * K + mixed + 8 * C, [&](int64_t rows) { return round_up(rows * K, 64) + round_up(4 * rows, 64) + rows * mixed; },
       [&](int64_t m, int64_t rows, uint8_t* own, auto&& matmul) {
         float* const row_scale = (float*)(own + round_up(rows * K, 64));
         float* const means = (float*)((uint8_t*)row_scale + round_up(4 * rows, 64));
         float* const y = out.data_ptr<float>() + m * C;
-        for (int64_t r = 0; (lists.ptr || col_in) && r < rows; ++r) {
-          const int64_t b = (m + r) / M, i = (m + r) % M;
-          if (lists.ptr) {
-            lists.mean(b, i, attended + b * N * K, K, means + r * K);
-            lists.mean(b, i, before + b * N * C, C, y + r * C);
-          } else {
-            std::memcpy(y + r * C, before + (b * N + col.const_data_ptr<int32_t>()[b * M + i]) * C, C * sizeof(float));
-          }
-        }
-        projection.rows(lists.ptr ? means : attended + m * K, lists.ptr || col_in ? y : before + m * C, y, rows, own, row_scale,
+        if (mix.ptr) mix_rows(attended, K, m, rows, means);
+        if (mix.col) mix_rows(before, C, m, rows, y);
+        projection.rows(mix.ptr ? means : attended + m * K, mix.col ? y : before + m * C, y, rows, own, row_scale,
                         projection.proj.weights(), matmul);
       });
   return out;

@@ -88,11 +88,11 @@ class TokenState:
         """(B, N) float32 of tokens x (B, N, ...)."""
         return torch.ones(x.shape[:2], device=x.device) if self.size is None else self.size
 
-    def keep(self, index: Tensor, inverse: Tensor, dropped: Tensor | None = None, x: Tensor | None = None) -> None:
+    def keep(self, index: Tensor, inverse: Tensor, dropped: Tensor, x: Tensor) -> None:
         """Only index (B, K) stays; inverse (B, N) is each token's new row or -1. x: what dropped (B, N - K) held."""
         if self.size is not None:
             self.size = self.size.gather(1, index.long())
-        rows = ops.mix_tokens(x, dropped) if self.keeps_dropped and x is not None and dropped is not None else None
+        rows = ops.mix_tokens(x, dropped) if self.keeps_dropped else None
         self.moves.append((inverse, dropped, rows))
 
     def move(self, assign: Tensor, size: Tensor | None) -> None:

@@ -43,12 +43,9 @@ class KeepAttended(TokenStep):
         kept = num_prefix_tokens + self._keep(N, num_prefix_tokens)
         return Rows(N, N, N, min(kept + 1, N)) if self.fuse else Rows(N, kept, kept, kept)
 
-    def _select(self, heads: Heads, x: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        row = heads.class_row()
-        return row, *ops.select_tokens(row, self._keep(x.shape[1], prefix), prefix)
-
     def prune(self, heads: Heads, x: Tensor, state: TokenState) -> Tensor | None:
-        row, index, dropped, inverse = self._select(heads, x, state.num_prefix_tokens)
+        row, p = heads.class_row(), state.num_prefix_tokens
+        index, dropped, inverse = ops.select_tokens(row, self._keep(x.shape[1], p), p)
         if dropped.shape[1] == 0:
             return None
         if self.fuse:
