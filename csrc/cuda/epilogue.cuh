@@ -4,7 +4,8 @@
 //     q = clip(rint(y * (1 / out_scale)) + out_zero_point)
 //
 // A lane holds four consecutive features of two consecutive tokens (fragments.cuh). What belongs to the features is loaded
-// once, features(); finish() takes the sums of two tokens. Branches depend on the launch alone, so a warp takes one side.
+// once, features(); finish() takes the sums of two tokens, or of two in each of a few tiles of 8, whose loads then are under
+// way together. Branches depend on the launch alone, so a warp takes one side.
 #pragma once
 #include "fragments.cuh"
 #include "lowbit_linear.h"
@@ -58,27 +59,52 @@ DEVICE Features load_features(const Epilogue& e, int n) {
   return f;
 }
 
-template <class Function>
-DEVICE void each(float (&y)[2][4], Function function) {
+template <int TOKENS, class Function>
+DEVICE void each(float (&y)[TOKENS][4], Function function) {
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
+  for (int j = 0; j < TOKENS; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) y[j][i] = function(y[j][i]);
 }
 
-// y of features n .. n + 3 (f is theirs) of tokens m, m + 1 from sums[token][feature]; beyond M and N nothing is touched.
-DEVICE void finish(const Epilogue& e, const Features& f, int m, int n, const int32_t (&sums)[2][4]) {
-  float y[2][4];
+// p[n .. n + 3] = values, as load4. Codes are stored as bytes.
+DEVICE void store4(float* p, int n, int N, bool vectors, const float (&values)[4]) {
+  if (vectors) {
+    *reinterpret_cast<float4*>(p + n) = make_float4(values[0], values[1], values[2], values[3]);
+  } else {
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    float x_scale = __ldg(e.x_scale);
-    if (e.x_scale_per_row) x_scale = m + j < e.M ? __ldg(e.x_scale + m + j) : 0.0f;
+    for (int i = 0; i < 4; ++i)
+      if (n + i < N) p[n + i] = values[i];
+  }
+}
+DEVICE void store4(int8_t* p, int n, int N, bool vectors, const int32_t (&codes)[4]) {
+  if (vectors) {
+    const uint32_t low = __byte_perm(codes[0], codes[1], 0x0040), high = __byte_perm(codes[2], codes[3], 0x0040);
+    *reinterpret_cast<uint32_t*>(p + n) = __byte_perm(low, high, 0x5410);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n + i < N) p[n + i] = static_cast<int8_t>(codes[i]);
+  }
+}
+
+// y of features n .. n + 3 (f is theirs) of tokens m, m + 1, m + 8, m + 9, .. from sums[token][feature]; beyond M and N
+// nothing is touched, but the last token's scale and residual are read for those beyond M.
+template <int TOKENS>
+DEVICE void finish(const Epilogue& e, const Features& f, int m, int n, const int32_t (&sums)[TOKENS][4]) {
+  if (n >= e.N) return;
+  const auto token = [m](int j) { return m + j / 2 * 8 + j % 2; };
+  const auto readable = [&](int j) { return min(token(j), e.M - 1); };
+  float y[TOKENS][4];
+#pragma unroll
+  for (int j = 0; j < TOKENS; ++j) {
+    const float x_scale = __ldg(e.x_scale + (e.x_scale_per_row ? readable(j) : 0));
 #pragma unroll
     for (int i = 0; i < 4; ++i) y[j][i] = static_cast<float>(sums[j][i] - f.zero[i]) * (x_scale * f.w_scale[i]);
   }
   if (e.bias) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < TOKENS; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[j][i] = y[j][i] + f.bias[i];
   }
@@ -87,47 +113,34 @@ DEVICE void finish(const Epilogue& e, const Features& f, int m, int n, const int
   if (e.activation == QUICK_GELU) each(y, [](float v) { return quick_gelu(v); });
   if (e.layer_scale) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < TOKENS; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[j][i] = y[j][i] * f.layer_scale[i];
   }
-  if (n >= e.N) return;
   if (e.residual) {
+    float residual[TOKENS][4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (m + j >= e.M) continue;
-      float residual[4];
-      load4(e.residual + (m + j) * e.residual_stride, n, e.N, e.vectors, residual);
+    for (int j = 0; j < TOKENS; ++j)
+      load4(e.residual + readable(j) * e.residual_stride, n, e.N, e.vectors, residual[j]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[j][i] = y[j][i] + residual[i];
-    }
+    for (int j = 0; j < TOKENS; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[j][i] = y[j][i] + residual[j][i];
   }
+  if (e.out_scale == nullptr) {
+    float* to = static_cast<float*>(e.y);
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    if (m + j >= e.M) continue;
-    const int64_t at = static_cast<int64_t>(m + j) * e.N + n;
-    if (e.out_scale == nullptr) {
-      float* to = static_cast<float*>(e.y) + at;
-      if (e.vectors) {
-        *reinterpret_cast<float4*>(to) = make_float4(y[j][0], y[j][1], y[j][2], y[j][3]);
-      } else {
+    for (int j = 0; j < TOKENS; ++j)
+      if (token(j) < e.M) store4(to + static_cast<int64_t>(token(j)) * e.N, n, e.N, e.vectors, y[j]);
+  } else {
+    const float lowest = lowest_code(e.out_bits, e.out_zero_point), highest = highest_code(e.out_bits, e.out_zero_point);
+    int8_t* to = static_cast<int8_t*>(e.y);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (n + i < e.N) to[i] = y[j][i];
-      }
-    } else {
-      const float lowest = lowest_code(e.out_bits, e.out_zero_point), highest = highest_code(e.out_bits, e.out_zero_point);
+    for (int j = 0; j < TOKENS; ++j) {
       int32_t q[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) q[i] = to_code(y[j][i], f.inv_scale[i], e.out_zero_point, lowest, highest);
-      int8_t* to = static_cast<int8_t*>(e.y) + at;
-      if (e.vectors) {
-        *reinterpret_cast<uint32_t*>(to) = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (n + i < e.N) to[i] = static_cast<int8_t>(q[i]);
-      }
+      if (token(j) < e.M) store4(to + static_cast<int64_t>(token(j)) * e.N, n, e.N, e.vectors, q);
     }
   }
 }
