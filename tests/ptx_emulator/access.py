@@ -1,0 +1,322 @@
+"""Loads, stores and atomics of all spaces, cp.async, and address arithmetic between spaces."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .machine import TYPES, handles, space_of
+from .memory import BLOCK_SHIFT, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOWS, BadAccess
+from .parse import SINK, Imm, Symbol, Vector
+from .report import NotEmulated
+
+SPACES = ("global", "shared", "local", "param", "const")
+HINTS = {
+    "weak", "relaxed", "acquire", "release", "volatile", "cta", "gpu", "sys", "cluster", "nc", "ca", "cg", "cs", "cv",
+    "lu", "wb", "wt", "mmio", "L1::evict_last", "L1::evict_first", "L1::no_allocate", "L1::evict_normal",
+    "L1::evict_unchanged", "L2::64B", "L2::128B", "L2::256B", "L2::cache_hint", "v2", "v4", "v8", "u", "entry",
+    "shared::cta", "shared::cluster", "param::entry",
+}  # fmt: skip
+
+
+def space(ins) -> str:
+    for mod in ins.mods:
+        if mod.split("::")[0] in SPACES:
+            return mod.split("::")[0]
+    return "generic"
+
+
+def shape(ins) -> tuple[str, int, int]:
+    """Type, how many of it, and the bytes of all."""
+    kind = next((m for m in reversed(ins.mods) if m in TYPES), None)
+    unknown = [m for m in ins.mods if m not in TYPES and m not in HINTS and m not in SPACES]
+    if kind is None or unknown:
+        raise NotEmulated(ins.line, ins.text, f".{unknown[0]}" if unknown else "no type")
+    count = next((int(m[1]) for m in ins.mods if m in ("v2", "v4", "v8")), 1)
+    return kind, count, count * TYPES[kind].itemsize
+
+
+def read_bytes(g, ins, where: str, addresses: np.ndarray, nbytes: int) -> np.ndarray:
+    """Bytes (threads, nbytes)."""
+    if where == "generic":
+        where = space_of(addresses)
+        addresses = addresses - np.uint64(WINDOWS[where])
+    if where in ("global", "const"):
+        return g.cta.machine.memory.read(addresses, nbytes)
+    if where == "shared":
+        return each_block(g, addresses, lambda part, cta, at: cta.shared.read(
+            cta.shared.locate(at, nbytes, "read"), g.warps[part], g.cluster_threads[part], ins.line
+        ), nbytes)  # fmt: skip
+    if where == "param":
+        return _inside(g.cta.machine.params, addresses, nbytes, "parameters")
+    local = g.cta.local
+    at = addresses.astype(np.int64)[:, None] + np.arange(nbytes)
+    if (at < 0).any() or (at >= local.shape[1]).any():
+        lane = int(np.argwhere((at < 0) | (at >= local.shape[1]))[0][0])
+        raise BadAccess(lane, f"out-of-bounds local read at byte {at[lane, 0]} of {local.shape[1]}")
+    return local[g.threads[:, None], at]
+
+
+def _inside(data: np.ndarray, addresses, nbytes, what) -> np.ndarray:
+    at = addresses.astype(np.int64)[:, None] + np.arange(nbytes)
+    if (at < 0).any() or (at >= len(data)).any():
+        raise BadAccess(0, f"read of {nbytes} bytes at byte {at[0, 0]} of the {what}, which have {len(data)}")
+    return data[at]
+
+
+def each_block(g, addresses: np.ndarray, access, nbytes: int = 0):
+    """access(indices of threads, block, addresses there) for every block of the cluster that is addressed."""
+    ranks = (addresses >> np.uint64(BLOCK_SHIFT)).astype(np.int64)
+    inside = addresses & np.uint64((1 << BLOCK_SHIFT) - 1)
+    if not ranks.any():
+        return access(slice(None), g.cta, inside)
+    out = np.empty((len(addresses), nbytes), np.uint8) if nbytes else None
+    for rank in np.unique(ranks):
+        part = np.flatnonzero(ranks == rank)
+        if rank > len(g.cta.peers):
+            raise BadAccess(int(part[0]), f"shared address of block {rank - 1} of a cluster of {len(g.cta.peers)}")
+        cta = g.cta if rank == 0 else g.cta.peers[rank - 1]
+        try:
+            found = access(part, cta, inside[part])
+        except BadAccess as bad:
+            raise BadAccess(int(part[bad.lane]), bad.reason) from None
+        if nbytes:
+            out[part] = found
+    return out
+
+
+def write_bytes(g, ins, where: str, addresses: np.ndarray, data: np.ndarray) -> None:
+    nbytes = data.shape[1]
+    if where == "generic":
+        where = space_of(addresses)
+        addresses = addresses - np.uint64(WINDOWS[where])
+    if where == "global":
+        cta = g.cta
+        g.cta.machine.memory.write(addresses, data, g.threads + cta.index * cta.machine.threads)
+    elif where == "shared":
+        each_block(g, addresses, lambda part, cta, at: cta.shared.write(
+            cta.shared.locate(at, nbytes, "write"), data[part], g.warps[part], g.cluster_threads[part], ins.line
+        ))  # fmt: skip
+    elif where == "local":
+        local = g.cta.local
+        at = addresses.astype(np.int64)[:, None] + np.arange(nbytes)
+        if (at < 0).any() or (at >= local.shape[1]).any():
+            raise BadAccess(0, f"out-of-bounds local write at byte {at[0, 0]} of {local.shape[1]}")
+        local[g.threads[:, None], at] = data
+    else:
+        raise BadAccess(0, f"write to {where} memory")
+
+
+@handles("ld", "ldu")
+def load(ins, program):
+    kind, count, nbytes = shape(ins)
+    where, address = space(ins), program.address(ins.operands[1], ins)
+    to = ins.operands[0].items if isinstance(ins.operands[0], Vector) else (ins.operands[0],)
+    if len(to) != count:
+        raise NotEmulated(ins.line, ins.text, "a vector of another length")
+    writes, dtype = [program.writer(o, kind, ins) for o in to], TYPES[kind]
+
+    def step(g):
+        values = np.ascontiguousarray(read_bytes(g, ins, where, address(g), nbytes)).view(dtype)
+        for i, write in enumerate(writes):
+            write(g, values[:, i])
+
+    return step
+
+
+@handles("st")
+def store(ins, program):
+    kind, count, _ = shape(ins)
+    where, address = space(ins), program.address(ins.operands[0], ins)
+    source = ins.operands[1].items if isinstance(ins.operands[1], Vector) else (ins.operands[1],)
+    if len(source) != count:
+        raise NotEmulated(ins.line, ins.text, "a vector of another length")
+    reads, dtype = [program.reader(o, kind, ins) for o in source], TYPES[kind]
+
+    def step(g):
+        values = np.empty((len(g.threads), count), dtype)
+        for i, read in enumerate(reads):
+            values[:, i] = read(g)
+        write_bytes(g, ins, where, address(g), values.view(np.uint8))
+
+    return step
+
+
+ATOMICS = {
+    "add": lambda a, b: a + b, "min": min, "max": max, "and": lambda a, b: a & b, "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b, "exch": lambda a, b: b,
+}  # fmt: skip
+
+
+@handles("atom", "red")
+def atomic(ins, program):
+    """Threads one after another, in order of their index. On shared memory of one's own block, and global memory."""
+    op = next((m for m in ins.mods if m in ATOMICS or m in ("cas", "inc", "dec")), None)
+    kind = next((m for m in reversed(ins.mods) if m in TYPES), None)
+    if op in (None, "inc", "dec") or kind is None or any(m in ("v2", "v4", "async", "noftz") for m in ins.mods):
+        raise NotEmulated(ins.line, ins.text)
+    returns = ins.opcode == "atom"
+    operands = ins.operands[1:] if returns else ins.operands
+    where, address, dtype = space(ins), program.address(operands[0], ins), TYPES[kind]
+    values = [program.reader(o, kind, ins) for o in operands[1:]]
+    write = program.writer(ins.operands[0] if returns else SINK, kind, ins)
+
+    def step(g):
+        addresses = address(g)
+        args = [np.broadcast_to(np.asarray(v(g), dtype), addresses.shape) for v in values]
+        old = np.empty(len(addresses), dtype)
+        memory = g.cta.machine.memory
+        exclusive, memory.exclusive = memory.exclusive, False
+        for i in range(len(addresses)):
+            one = g.among(g.threads == g.threads[i])
+            at = addresses[i : i + 1]
+            old[i] = read_bytes(one, ins, where, at, dtype.itemsize).view(dtype)[0, 0]
+            new = (args[1][i] if old[i] == args[0][i] else old[i]) if op == "cas" else ATOMICS[op](old[i], args[0][i])
+            write_bytes(one, ins, where, at, np.array([[new]], dtype).view(np.uint8))
+        memory.exclusive = exclusive
+        write(g, old)
+
+    if where == "shared":
+        raise NotEmulated(ins.line, ins.text, "atomics on shared memory")
+    return step
+
+
+@handles("cvta")
+def cvta(ins, program):
+    """To a generic address, or with .to from one."""
+    where = space(ins)
+    bits = next(m for m in ins.mods if m in ("u32", "u64"))
+    read, write = program.reader(ins.operands[1], bits, ins), program.writer(ins.operands[0], bits, ins)
+    window = np.uint64(WINDOWS[where])
+    if "to" in ins.mods:
+        return lambda g: write(g, np.asarray(read(g)) - window)
+    return lambda g: write(g, np.asarray(read(g)).astype(np.uint64) + window)
+
+
+@handles("isspacep")
+def is_space(ins, program):
+    where, read = space(ins), program.reader(ins.operands[1], "u64", ins)
+    write = program.writer(ins.operands[0], "pred", ins)
+    window = np.uint64(WINDOWS[where] >> 48)
+    return lambda g: write(g, np.asarray(read(g)) >> np.uint64(48) == window)
+
+
+@handles("mapa")
+def mapa(ins, program):
+    """The address of the same place in another block of the cluster."""
+    bits = ins.mods[-1]
+    generic = not any(m.startswith("shared") for m in ins.mods)
+    source = ins.operands[1]
+    read = program.reader(source, "u32" if isinstance(source, Symbol) else bits, ins)
+    rank, write = program.reader(ins.operands[2], "u32", ins), program.writer(ins.operands[0], bits, ins)
+
+    def step(g):
+        base = np.asarray(read(g)).astype(np.uint64)
+        inside = base & np.uint64((1 << BLOCK_SHIFT) - 1)
+        to = inside | (np.asarray(rank(g)).astype(np.uint64) + np.uint64(1)) << np.uint64(BLOCK_SHIFT)
+        write(g, (to + np.uint64(SHARED_WINDOW if generic else 0)).astype(TYPES[bits]))
+
+    return step
+
+
+@handles("getctarank")
+def get_rank(ins, program):
+    read, write = program.reader(ins.operands[1], ins.mods[-1], ins), program.writer(ins.operands[0], "u32", ins)
+
+    def step(g):
+        rank = np.asarray(read(g)).astype(np.uint64) >> np.uint64(BLOCK_SHIFT) & np.uint64(0xFF)
+        write(g, np.where(rank == 0, g.cta.rank, rank.astype(np.int64) - 1).astype(np.uint32))
+
+    return step
+
+
+def local_address(program, operand, ins):
+    """cvta of a local variable; see LOCAL_WINDOW."""
+    return LOCAL_WINDOW + program.local_offsets[operand.name], PARAM_WINDOW
+
+
+# ---- cp.async: an agent of every warp copies, and what it brought counts as the thread's own when that has waited.
+
+
+def copies(g, ins, warp: int) -> list:
+    """[groups committed, copies since]: a copy is (block's shared memory, byte indices, clock, threads)."""
+    return g.cta.copies.setdefault(warp, [[], []])
+
+
+@handles("cp")
+def cp(ins, program):
+    if ins.mods[:2] == ("async", "bulk"):
+        from .bulk import bulk
+
+        return bulk(ins, program)
+    if ins.mods[:1] != ("async",):
+        raise NotEmulated(ins.line, ins.text)
+    if ins.mods[1] in ("commit_group", "wait_group", "wait_all"):
+        return _groups(ins, program)
+    if ins.mods[1] == "mbarrier":
+        raise NotEmulated(ins.line, ins.text)
+    to, source = (program.address(o, ins) for o in ins.operands[:2])
+    if not isinstance(ins.operands[2], Imm):
+        raise NotEmulated(ins.line, ins.text)
+    nbytes = ins.operands[2].bits
+    rest = ins.operands[3] if len(ins.operands) > 3 and "L2::cache_hint" not in ins.mods else None
+    if rest is not None and getattr(rest, "bank", 32) == 1:
+        ignore, size = program.reader(rest, "pred", ins), None
+    else:
+        ignore, size = None, None if rest is None else program.reader(rest, "u32", ins)
+    if nbytes not in (4, 8, 16) or ("cg" in ins.mods and nbytes != 16):
+        raise NotEmulated(ins.line, ins.text, f"{nbytes} bytes")
+
+    def step(g):
+        n = len(g.threads)
+        wanted = np.full(n, nbytes) if size is None else np.broadcast_to(np.asarray(size(g)).astype(np.int64), (n,))
+        if ignore is not None:
+            wanted = np.where(ignore(g), 0, wanted)
+        if (wanted > nbytes).any():
+            raise BadAccess(int((wanted > nbytes).argmax()), f"src-size {wanted.max()} of a copy of {nbytes} bytes")
+        data = np.zeros((n, nbytes), np.uint8)
+        addresses = source(g)
+        for count in np.unique(wanted[wanted > 0]):
+            some = np.flatnonzero(wanted == count)
+            try:
+                if int(count) == nbytes:
+                    data[some] = g.cta.machine.memory.read(addresses[some], nbytes)
+                else:
+                    for byte in range(int(count)):
+                        data[some, byte] = g.cta.machine.memory.read(addresses[some] + np.uint64(byte), 1)[:, 0]
+            except BadAccess as bad:
+                raise BadAccess(int(some[bad.lane]), bad.reason) from None
+        shared, clocks = g.cta.shared, g.cta.clocks
+        at = shared.locate(to(g), nbytes, "write")
+        for warp in g.warp_ids:
+            clocks.start(clocks.copy + warp, warp)
+        agents = clocks.copy + g.warps
+        shared.write(at, data, agents, g.cluster_threads, ins.line)
+        for warp in g.warp_ids:
+            some = np.flatnonzero(g.warps == warp)
+            agent = int(clocks.copy + warp)
+            pending = copies(g, ins, int(warp))[1]
+            pending.append((at[some], agent, int(clocks.clock[agent, agent]), g.cluster_threads[some]))
+
+    return step
+
+
+def _groups(ins, program):
+    keep = ins.operands[0].bits if ins.operands else 0
+
+    def step(g):
+        for warp in g.whole_warps(ins) + g.cta.first_warp:
+            groups, open_ = copies(g, ins, int(warp))
+            clocks = g.cta.clocks
+            if ins.mods[1] != "wait_group":
+                groups.append(list(open_))
+                open_.clear()
+                clocks.tick(int(clocks.copy + warp))
+            if ins.mods[1] != "commit_group":
+                done = groups[: len(groups) - keep] if keep else list(groups)
+                del groups[: len(done)]
+                for copy in (c for group in done for c in group):
+                    at, agent, clock, threads = copy
+                    clocks.clock[warp, agent] = max(clocks.clock[warp, agent], clock)
+                    g.cta.shared.settle(at, agent, clock, int(warp), threads)
+
+    return step

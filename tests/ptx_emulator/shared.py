@@ -1,0 +1,178 @@
+"""Shared memory of a block, and who may see what of it.
+
+Every access is checked for bounds, alignment, bytes nothing has written, and races. Races are found by vector clocks,
+so by what the barriers order, not by what happened to come first. Agents are the warps, and what runs beside them:
+copies of cp.async, the bulk copy engine on behalf of a warp, and the tensor core of a warpgroup. clock[a] says up to
+which clock of every agent a knows what it did; a barrier, an mbarrier or a wait makes an agent learn.
+
+The asynchronous proxy (bulk copies, wgmma) sees ordinary writes only after a fence: `fenced` holds what of `clock` was
+fenced. Threads of one warp count as ordered among each other only by a barrier or bar.warp.sync between a write and
+another thread's access.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .memory import BadAccess, check_alignment
+
+ASYNC = ("copy", "bulk", "tensor")  # kinds of agents beside the warps
+
+
+class Clocks:
+    """Vector clocks of the agents of a cluster. Warps come first, numbered through all blocks."""
+
+    def __init__(self, warps: int):
+        self.warps, n = warps, 4 * warps
+        self.copy, self.bulk, self.tensor = warps, 2 * warps, 3 * warps  # agents of warp 0; tensor: of its warpgroup
+        self.clock = np.zeros((n, n), np.int64)
+        self.clock[np.arange(n), np.arange(n)] = 1
+        self.fenced = np.zeros((n, n), np.int64)
+        self.epoch = np.zeros(warps, np.int64)  # of every warp: barriers among its threads
+        self.readers: set[int] = set()  # agents that have read anything
+
+    def tick(self, agent: int) -> int:
+        """Ends what the agent did up to now; returns the clock that this had."""
+        now = int(self.clock[agent, agent])
+        self.clock[agent, agent] = now + 1
+        return now
+
+    def snapshot(self, agents) -> tuple[np.ndarray, np.ndarray]:
+        """What the agents together know, and what of it was fenced: to be learned by others. Ends their clocks."""
+        agents = np.asarray(agents)
+        known, fenced = self.clock[agents].max(axis=0), self.fenced[agents].max(axis=0)
+        self.clock[agents, agents] += 1
+        return known, fenced
+
+    def learn(self, agents, known: np.ndarray, fenced: np.ndarray) -> None:
+        agents = np.asarray(agents)
+        self.clock[agents] = np.maximum(self.clock[agents], known)
+        self.fenced[agents] = np.maximum(self.fenced[agents], fenced)
+
+    def start(self, agent: int, by) -> None:
+        """An asynchronous agent is given work by warps: it knows what they know."""
+        by = np.asarray(by)
+        self.clock[agent] = np.maximum(self.clock[agent], self.clock[by].max(axis=0))
+        self.fenced[agent] = np.maximum(self.fenced[agent], self.fenced[by].max(axis=0))
+
+    def fence(self, warps) -> None:
+        """fence.proxy.async"""
+        warps = np.asarray(warps)
+        self.fenced[warps] = np.maximum(self.fenced[warps], self.clock[warps])
+
+    def is_proxy(self, agent):
+        return np.asarray(agent) >= self.bulk
+
+
+def merge(a, b):
+    """Two snapshots as one; a may be None."""
+    return b if a is None else tuple(np.maximum(x, y) for x, y in zip(a, b, strict=True))
+
+
+class Shared:
+    """The bytes of one block. Agents and threads are numbered through its cluster."""
+
+    def __init__(self, size: int, clocks: Clocks):
+        self.size, self.clocks = size, clocks
+        self.data = np.full(size, 0xCD, np.uint8)
+        self.written = np.zeros(size, bool)
+        self.barrier = np.zeros(size, bool)  # bytes of an mbarrier
+        self.agent = np.zeros(size, np.int16)  # who wrote it last
+        self.clock = np.zeros(size, np.int64)  # at which clock of its
+        self.thread = np.full(size, -1, np.int32)
+        self.epoch = np.zeros(size, np.int64)  # of that thread's warp
+        self.line = np.zeros(size, np.int32)  # of the PTX
+        self.reads = np.zeros((len(clocks.clock), size), np.int64)  # last clock of every agent that read it
+        self.read_line = np.zeros(size, np.int32)
+
+    def locate(self, addresses: np.ndarray, nbytes: int, what: str, aligned: int | None = None) -> np.ndarray:
+        """Byte indices (n, nbytes). aligned: what addresses must be a multiple of, nbytes without it."""
+        addresses = addresses.astype(np.uint64)
+        check_alignment(addresses, nbytes if aligned is None else aligned, f"shared {what}")
+        bad = addresses + np.uint64(nbytes) > self.size
+        if bad.any():
+            lane = int(np.flatnonzero(bad)[0])
+            at = int(addresses[lane])
+            raise BadAccess(lane, f"out-of-bounds shared {what} of {nbytes} bytes at {at}: the block has {self.size}")
+        return addresses.astype(np.int64)[:, None] + np.arange(nbytes)
+
+    def read(self, at: np.ndarray, agents, threads=None, line: int = 0) -> np.ndarray:
+        """The bytes at indices (n, nbytes), by agents (n,) or one, threads (n,) of the cluster or None of no warp's."""
+        clocks = self.clocks
+        if not self.written[at].all():
+            lane, byte = np.argwhere(~self.written[at])[0]
+            raise BadAccess(int(lane), f"read of shared byte {at[lane, byte]}, which nothing has written")
+        if self.barrier[at].any():
+            lane, byte = np.argwhere(self.barrier[at])[0]
+            raise BadAccess(int(lane), f"read of shared byte {at[lane, byte]}, which is of an mbarrier")
+        agents = np.broadcast_to(np.asarray(agents), at.shape[:1])
+        by = agents[:, None]
+        self._check_writes(at, by, threads, "read")
+        self.reads[by, at] = clocks.clock[agents, agents][:, None]
+        self.read_line[at] = line
+        clocks.readers.update(np.unique(agents).tolist())
+        return self.data[at]
+
+    def _check_writes(self, at, by, threads, what) -> None:
+        """Raise where the last write of a byte is not known to the agents `by` (n, 1)."""
+        clocks, writer = self.clocks, self.agent[at]
+        clock = self.clock[at]
+        unknown = clock > clocks.clock[by, writer]
+        proxy = clocks.is_proxy(by)
+        if proxy.any():
+            unfenced = proxy & (writer < clocks.warps) & (clock > clocks.fenced[by, writer]) & (clock > 0)
+            if (unfenced & ~unknown).any():
+                lane, byte = np.argwhere(unfenced & ~unknown)[0]
+                raise BadAccess(int(lane), self._text("no fence.proxy.async before the", what, at[lane, byte]))
+        if threads is not None:
+            same = (writer == by) & (self.thread[at] != threads[:, None]) & (clock > 0)
+            safe = np.minimum(writer, clocks.warps - 1)
+            unknown |= same & (self.epoch[at] >= clocks.epoch[safe])
+        if unknown.any():
+            lane, byte = np.argwhere(unknown)[0]
+            raise BadAccess(int(lane), self._text("race:", what, at[lane, byte]))
+
+    def _text(self, start: str, what: str, byte: int) -> str:
+        agent, thread = int(self.agent[byte]), int(self.thread[byte])
+        who = f"thread {thread}"
+        if agent >= self.clocks.warps:
+            kind = ASYNC[min((agent - self.clocks.warps) // self.clocks.warps, 2)]
+            who = {"copy": "cp.async", "bulk": "a bulk copy", "tensor": "wgmma"}[kind]
+        return f"{start} {what} of shared byte {byte}, which {who} writes at PTX line {self.line[byte]}, unordered"
+
+    def write(self, at: np.ndarray, data: np.ndarray, agents, threads=None, line: int = 0) -> None:
+        """Bytes (n, nbytes) to indices of the same shape."""
+        clocks = self.clocks
+        if self.barrier[at].any():
+            lane, byte = np.argwhere(self.barrier[at])[0]
+            raise BadAccess(int(lane), f"write to shared byte {at[lane, byte]}, which is of an mbarrier")
+        agents = np.broadcast_to(np.asarray(agents), at.shape[:1])
+        by = agents[:, None]
+        self._check_writes(at, by, threads, "write")
+        for reader in clocks.readers:
+            late = (self.reads[reader][at] > clocks.clock[by, reader]) & (by != reader)
+            if late.any():
+                lane, byte = np.argwhere(late)[0]
+                byte = at[lane, byte]
+                kind = "thread of a warp" if reader < clocks.warps else "wgmma" if reader >= clocks.tensor else "copy"
+                text = f"race: write of shared byte {byte}, which a {kind} reads at PTX line {self.read_line[byte]}"
+                raise BadAccess(int(lane), f"{text}, unordered")
+        who = -1 if threads is None else threads[:, None]
+        self.thread[at] = who
+        if threads is not None and at.shape[0] > 1:
+            twice = (self.thread[at] != who).any(axis=1)
+            if twice.any():
+                lane = int(np.flatnonzero(twice)[0])
+                raise BadAccess(lane, f"race: two threads write shared byte {at[lane, 0]} in one instruction")
+        self.data[at] = data
+        self.written[at] = True
+        self.agent[at], self.clock[at] = by, clocks.clock[agents, agents][:, None]
+        self.epoch[at] = clocks.epoch[np.minimum(agents, clocks.warps - 1)][:, None]
+        self.line[at] = line
+
+    def settle(self, at: np.ndarray, agent: int, clock: int, warp: int, threads: np.ndarray) -> None:
+        """What cp.async (an agent, a clock) brought becomes the waiting threads' own write; of warp."""
+        mine = (self.agent[at] == agent) & (self.clock[at] == clock)
+        at, who = at[mine], np.broadcast_to(threads[:, None], at.shape)[mine]
+        self.agent[at], self.clock[at], self.thread[at] = warp, self.clocks.clock[warp, warp], who
+        self.epoch[at] = self.clocks.epoch[warp]
