@@ -19,9 +19,10 @@ checked. Float results of matrix products are rounded once, where hardware has a
 
 from __future__ import annotations
 
-from . import access, barriers, bits, bulk, cvt, matrix, scalar  # noqa: F401 - they register their instructions
-from .machine import Machine, Program, load
+from . import access, barriers, bits, bulk, cvt, matrix, mbarriers, scalar, warp, wgmma  # noqa: F401 - they register their instructions
+from .machine import Machine
 from .memory import Memory, TensorMap
+from .program import Program, load
 from .report import Fault, NotEmulated
 
 __all__ = ["Fault", "Memory", "NotEmulated", "Program", "TensorMap", "load", "run"]

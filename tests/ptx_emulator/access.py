@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .machine import TYPES, handles, space_of
-from .memory import BLOCK_SHIFT, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOWS, BadAccess
+from .memory import BLOCK_SHIFT, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOWS, BadAccess, space_of
 from .parse import SINK, Imm, Symbol, Vector
+from .program import TYPES, handles
 from .report import NotEmulated
 
 SPACES = ("global", "shared", "local", "param", "const")

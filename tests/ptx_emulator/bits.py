@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .machine import TYPES, handles
 from .parse import Imm
+from .program import TYPES, handles
 from .report import NotEmulated
 from .scalar import kind_of, wrap
 

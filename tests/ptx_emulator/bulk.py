@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from .access import PARAM_WINDOW, read_bytes
-from .barriers import addresses_of, check_initialised, complete, mbarrier_at
-from .machine import space_of
-from .memory import BLOCK_SHIFT, BadAccess, TensorMap
+from .mbarriers import addresses_of, check_initialised, complete, mbarrier_at
+from .memory import BLOCK_SHIFT, BadAccess, TensorMap, space_of
 from .parse import Address
 from .report import NotEmulated
 

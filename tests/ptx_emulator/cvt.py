@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .floats8 import decode_e4m3, decode_e5m2, encode_e4m3, encode_e5m2
-from .machine import TYPES, handles
+from .program import TYPES, handles
 from .report import NotEmulated
 from .scalar import bf16_to_f32, f32_to_bf16, flush
 

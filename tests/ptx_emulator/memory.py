@@ -143,6 +143,11 @@ class Memory:
         return lines
 
 
+def space_of(address: np.ndarray) -> str:
+    """The space generic addresses point to; all of them to one."""
+    return {WINDOWS[name] >> 48: name for name in ("global", "shared", "local", "param")}[int(address[0]) >> 48]
+
+
 def check_alignment(addresses: np.ndarray, nbytes: int, what: str) -> None:
     bad = (addresses & np.uint64(nbytes - 1)) != 0
     if bad.any():

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .machine import EXITED, TYPES, Program, handles
 from .parse import SINK, Instruction, Pair, Symbol, Vector
+from .program import EXITED, TYPES, Program, handles
 from .report import NotEmulated
 
 PACKED = {"f16x2": "f16", "bf16x2": "bf16", "s16x2": "s16", "u16x2": "u16"}
