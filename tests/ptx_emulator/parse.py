@@ -217,7 +217,7 @@ class _Parser:
         if self.text[self.at] == "(":
             self.at += 1
             for part in _split(self.until(r"\)")):
-                self.variable(re.sub(r"\.ptr(\s+\.\w+)*", "", part), params)
+                self.variable(re.sub(r"\.ptr(\s+\.(global|shared|const|local))?(\s+\.align\s+\d+)?", "", part), params)
         while self.blank() and self.text[self.at] != "{":
             self.until(r"\n|(?=\{)")
         if self.kernel is not None and name != self.kernel:
