@@ -1,0 +1,154 @@
+// Hopper's own instructions, one function each: mbarrier, bulk tensor copy (TMA), wgmma, setmaxnreg. PTX ISA 8.0, sm_90a.
+//
+// Two proxies. Ordinary loads and stores use the generic proxy, TMA and wgmma the asynchronous one, and the hardware orders
+// them only where it is told to. In these kernels shared memory is written by TMA alone, and what TMA wrote is seen by
+// whoever saw the phase of its mbarrier complete; so the only fence needed is the one after the barriers are initialised.
+//
+// wgmma runs beside the instructions that follow it. From its issue to the wait that covers it, its sums belong to the tensor
+// core and its A registers must not change. The C++ compiler knows none of this: pin() ties registers to a place in the
+// program, so that no use of them moves across a fence or a wait. The assembler does know, and where it cannot prove that
+// nobody touches them it waits after every wgmma, and says so (C7510 .. C7514). What it needs: no branch between the first
+// wgmma and the last wait of a loop but the loop's own and those that wait for a barrier, hence mbarrier_arrive_if().
+#pragma once
+#include <cstdint>
+
+namespace pyvit_accel::hopper {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// ---- mbarrier: a phase completes when `arrivals` threads arrived and all bytes announced for it have landed ----
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to TMA; __syncthreads() after it makes them visible to the block.
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Arrives without a branch.
+__device__ __forceinline__ void mbarrier_arrive_if(uint64_t* barrier, bool condition) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(shared_address(barrier)),
+      "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
+// Arrives, and announces bytes that TMA will bring.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Returns when the phase of this parity is complete. A new barrier is in phase 0; the one before, of parity 1, counts as done.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// ---- TMA: one thread copies a box; coordinates are of dimensions 0, 1 ..; what lies outside the tensor arrives as zeros ----
+
+__device__ __forceinline__ void prefetch_tensor_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+__device__ __forceinline__ void tma_load(uint32_t to, const void* map, uint64_t* barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load(uint32_t to, const void* map, uint64_t* barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+// ---- setmaxnreg: a warpgroup gives registers back, another takes them ----
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// ---- wgmma: sums (64 x TOKENS) += A (64 x 32, registers) x B (32 x TOKENS, shared memory), int8 to int32 ----
+//
+// Fragments, lane 4 g + t of warp w:
+//   A, register r:     row 16 w + g + 8 (r & 1), columns 4 t + 16 (r >> 1) .. + 3
+//   sums, register i:  row 16 w + g + 8 ((i >> 1) & 1), token 8 (i >> 2) + 2 t + (i & 1)
+
+// B in shared memory: a token is a line of 128 bytes, of which an instruction takes 32, lines in TMA's 128-byte swizzle;
+// groups of 8 tokens are 1024 bytes apart. The next 32 inputs are 32 bytes further: descriptor + 2.
+__device__ __forceinline__ uint64_t swizzled_operand(uint32_t lines) {
+  constexpr uint64_t SWIZZLE_128B = uint64_t{1} << 62, GROUP_STRIDE = uint64_t{1024 >> 4} << 32;
+  return SWIZZLE_128B | GROUP_STRIDE | lines >> 4;
+}
+
+template <class Register, int COUNT>
+__device__ __forceinline__ void pin(Register (&registers)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+// Orders what was written to registers before the wgmma that reads them.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Returns when at most PENDING of the committed groups still run.
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Starts at 0 instead of sums when `accumulate` is 0.
+template <int TOKENS>
+__device__ void wgmma(int32_t (&sums)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b, int accumulate);
+
+#define D8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define D16 D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define D32 D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define D64 D32 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
+  ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define D88 D64 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83" \
+  ", %84, %85, %86, %87"
+#define SUMS8(i) \
+  "+r"(sums[i]), "+r"(sums[i + 1]), "+r"(sums[i + 2]), "+r"(sums[i + 3]), "+r"(sums[i + 4]), "+r"(sums[i + 5]), \
+      "+r"(sums[i + 6]), "+r"(sums[i + 7])
+#define SUMS16(i) SUMS8(i), SUMS8(i + 8)
+#define SUMS32(i) SUMS16(i), SUMS16(i + 16)
+#define WGMMA(TOKENS, D, A, B, ACCUMULATE, ...) \
+  template <> \
+  __device__ __forceinline__ void wgmma<TOKENS>( \
+      int32_t (&sums)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) { \
+    asm volatile( \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k32.s32.s8.s8 {" D "}, {" A "}, " B ", p;\n}" \
+        : __VA_ARGS__ \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
+  }
+WGMMA(16, D8, "%8, %9, %10, %11", "%12", "%13", SUMS8(0))
+WGMMA(32, D16, "%16, %17, %18, %19", "%20", "%21", SUMS16(0))
+WGMMA(64, D32, "%32, %33, %34, %35", "%36", "%37", SUMS32(0))
+WGMMA(128, D64, "%64, %65, %66, %67", "%68", "%69", SUMS32(0), SUMS32(32))
+WGMMA(176, D88, "%88, %89, %90, %91", "%92", "%93", SUMS32(0), SUMS32(32), SUMS16(64), SUMS8(80))
+#undef D8
+#undef D16
+#undef D32
+#undef D64
+#undef D88
+#undef SUMS8
+#undef SUMS16
+#undef SUMS32
+#undef WGMMA
+
+}  // namespace pyvit_accel::hopper

@@ -1,0 +1,293 @@
+// y = epilogue(x w^T) on int8 codes, for Hopper: wgmma with the weights from registers, operands brought by TMA.
+//
+//     x         (M, x_stride)  int8, K-major
+//     w_packed  (ceil(N / 16), w_stride)  4 or 8 bits, formats/packed.py
+//     y         (M, N)  float32 or int8 codes, epilogue.cuh
+//
+// The grid is persistent: a block takes tiles blockIdx.x, + gridDim.x .. of FEATURES x TOKENS. One thread copies ahead, 128
+// inputs a stage, as far as there are stages, across tiles too; 128 threads (a consumer) multiply each 128 features:
+//
+//     global                   shared, 128-byte swizzle           registers
+//     x rows of 128 bytes      [TOKENS][128]                      never: operand B of wgmma is read from shared memory
+//     packed, 4 chunks         [FEATURES / 16][4][chunk]          ld.shared.v4: A of two m64 wgmmas (4 bits: after unpacking)
+//
+//     producer    wait empty[i]   announce, copy x, copy w                       (i goes round the stages)
+//     consumer    wait full[i]    4 steps of 32 inputs: load A, two wgmmas, wait for those of the step before
+//                                 after the first of them all of stage i - 1 is read: arrive at empty[i - 1]
+//
+// So the loads and the unpacking of a step run under the products of the step before, whose A is in other registers. What
+// lies beyond M, N and K arrives as zeros from TMA; chunks beyond the last, which unpack to -8 at 4 bits, are not
+// multiplied. 4-bit weights arrive times 16, and so do their sums, exact up to K = 131071. Sizes: lowbit_linear_sm90.h.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "lowbit_linear_sm90.h"
+
+namespace pyvit_accel {
+namespace {
+
+constexpr uint32_t GROUP_M = 16;  // token tiles that in turn share a column of weights in L2; 264 blocks: 16 x 16.5
+
+struct Place {
+  int m, n;
+};
+
+// Where tile `index` of y begins: GROUP_M token tiles, then the next features.
+template <class Tile>
+__device__ __forceinline__ Place place_of(const Epilogue& e, uint32_t index) {
+  const uint32_t tiles_m = (e.M + Tile::TOKENS - 1) / Tile::TOKENS, tiles_n = (e.N + Tile::FEATURES - 1) / Tile::FEATURES;
+  const uint32_t group = index / (GROUP_M * tiles_n), within = index % (GROUP_M * tiles_n);
+  const uint32_t group_m = min(tiles_m - group * GROUP_M, GROUP_M);
+  return {static_cast<int>((group * GROUP_M + within % group_m) * Tile::TOKENS),
+          static_cast<int>(within / group_m * Tile::FEATURES)};
+}
+
+template <class Tile>
+__device__ __forceinline__ uint32_t tiles_of(const Epilogue& e) {
+  return (e.M + Tile::TOKENS - 1) / Tile::TOKENS * ((e.N + Tile::FEATURES - 1) / Tile::FEATURES);
+}
+
+// The stages in shared memory, and where one is in their round: `parity` is that of its barriers' phase.
+template <class Tile>
+struct Stages {
+  uint32_t base;    // shared-memory address
+  uint64_t* full;   // 1 arrival, the producer's, and the bytes of a stage
+  uint64_t* empty;  // an arrival of each consumer warp
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ explicit Stages(uint8_t* shared)
+      : base(hopper::shared_address(shared)),
+        full(reinterpret_cast<uint64_t*>(shared + Tile::STAGES * Tile::STAGE_BYTES)),
+        empty(full + Tile::STAGES) {}
+  __device__ __forceinline__ uint32_t x() const { return base + stage * Tile::STAGE_BYTES; }
+  __device__ __forceinline__ uint32_t w() const { return x() + Tile::X_BYTES; }
+  __device__ __forceinline__ void next() {
+    if (++stage == Tile::STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+// One thread.
+template <class Tile>
+__device__ __forceinline__ void produce(const HopperParams& p, Stages<Tile> at) {
+  hopper::prefetch_tensor_map(p.x_map);
+  hopper::prefetch_tensor_map(p.w_map);
+  for (uint32_t tile = blockIdx.x; tile < tiles_of<Tile>(p.epilogue); tile += gridDim.x) {
+    const Place place = place_of<Tile>(p.epilogue, tile);
+    for (int chunk = 0; chunk < p.chunks; chunk += Tile::CHUNKS, at.next()) {
+      hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
+      uint64_t* const full = at.full + at.stage;
+      hopper::mbarrier_arrive_expect(full, Tile::STAGE_BYTES);  // all of it, though some may lie outside the tensors
+      hopper::tma_load(at.x(), p.x_map, full, chunk * CHUNK, place.m);
+      hopper::tma_load(at.w(), p.w_map, full, 0, chunk / Tile::CHUNKS * Tile::PACKED_LINES, place.n / TILE);
+    }
+  }
+}
+
+__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+// What is `step` bytes, a multiple of 256, after the swizzled address `from`: only the swizzle of its line is another.
+__device__ __forceinline__ uint32_t ahead(uint32_t from, uint32_t step) { return (from ^ (step >> 3 & 0x70)) + step; }
+
+// Products of 32 inputs: sums[i] of the i-th m64 of this consumer. w: the address of this lane's weights, chunk 0; x: the
+// descriptor of the stage. Returns while they run.
+template <class Tile>
+__device__ __forceinline__ void multiply(int32_t (&sums)[2][Tile::TOKENS / 2], uint32_t w, uint64_t x, int chunk,
+                                         bool accumulate) {
+  const uint32_t step = chunk * chunk_bytes(Tile::W_BITS);
+  uint32_t low[4], a[2][4];
+  load_words(ahead(w, step), low);
+  if constexpr (Tile::W_BITS == 4) {
+    unpack4(low, a);
+  } else {
+    uint32_t high[4];
+    load_words(ahead(w, step + 256), high);
+    unpack8(low, high, a);
+  }
+  hopper::pin(a[0]);
+  hopper::pin(a[1]);
+  hopper::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) hopper::wgmma<Tile::TOKENS>(sums[i], a[i], x + 2 * chunk, accumulate);
+  hopper::wgmma_commit();
+}
+
+// The products of a tile. Returns when they are done and their stages are given back.
+template <class Tile>
+__device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][Tile::TOKENS / 2], int chunks, Stages<Tile>& at) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t w = threadIdx.x / 32 * 2 * Tile::PACKED_BYTES + swizzle128(weight_offset(lane, Tile::PACKED_BYTES));
+  uint64_t* read = at.empty;  // of the stage before
+  const auto give_back = [&](bool any) {
+    __syncwarp();
+    hopper::mbarrier_arrive_if(read, any && lane == 0);
+  };
+
+  const int whole = chunks / Tile::CHUNKS * Tile::CHUNKS;
+  for (int chunk = 0; chunk < whole; chunk += Tile::CHUNKS, at.next()) {
+    hopper::mbarrier_wait(at.full + at.stage, at.parity);
+    const uint64_t x = hopper::swizzled_operand(at.x());
+#pragma unroll
+    for (int i = 0; i < Tile::CHUNKS; ++i) {
+      multiply<Tile>(sums, at.w() + w, x, i, chunk + i > 0);
+      hopper::wgmma_wait<1>();
+      if (i == 0) give_back(chunk > 0);
+    }
+    read = at.empty + at.stage;
+  }
+  hopper::wgmma_wait<0>();
+  give_back(whole > 0);
+  if (whole < chunks) {  // the last stage is not full; seldom, so it waits for every step
+    hopper::mbarrier_wait(at.full + at.stage, at.parity);
+    const uint64_t x = hopper::swizzled_operand(at.x());
+#pragma unroll 1
+    for (int i = 0; i < chunks - whole; ++i) {
+      multiply<Tile>(sums, at.w() + w, x, i, whole + i > 0);
+      hopper::wgmma_wait<0>();
+    }
+    read = at.empty + at.stage;
+    give_back(true);
+    at.next();
+  }
+  hopper::pin(sums[0]);
+  hopper::pin(sums[1]);
+}
+
+// The sums of AT_ONCE tiles of 8 tokens, from the turn-th on, as finish() takes them. Registers have no index: every turn
+// has its own moves and a branch around them, volatile lest the compiler make selections of them all.
+template <class Tile>
+__device__ __forceinline__ void take(const int32_t (&sums)[2][Tile::TOKENS / 2], int turn, int32_t (&to)[2 * Tile::AT_ONCE][4]) {
+#pragma unroll
+  for (int i = 0; i < Tile::TOKENS / 8 / Tile::AT_ONCE; ++i) {
+    if (i != turn) continue;
+#pragma unroll
+    for (int j = 0; j < 2 * Tile::AT_ONCE; ++j)
+#pragma unroll
+      for (int feature = 0; feature < 4; ++feature) {
+        const int at = 4 * (i * Tile::AT_ONCE + j / 2) + 2 * (feature % 2) + j % 2;
+        asm volatile("shr.s32 %0, %1, %2;" : "=r"(to[j][feature]) : "r"(sums[feature / 2][at]), "n"(8 - Tile::W_BITS));
+      }
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void consume(const HopperParams& p, Stages<Tile> at) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (uint32_t tile = blockIdx.x; tile < tiles_of<Tile>(p.epilogue); tile += gridDim.x) {
+    int32_t sums[2][Tile::TOKENS / 2];
+    multiply_tile<Tile>(sums, p.chunks, at);
+    const Place place = place_of<Tile>(p.epilogue, tile);
+    const int m = place.m + lane_token(lane), n = place.n + warp * PAIR + lane_feature(lane);
+    const Features features = load_features(p.epilogue, n);
+#pragma unroll 1
+    for (int turn = 0; turn < Tile::TOKENS / 8 / Tile::AT_ONCE; ++turn) {
+      int32_t of[2 * Tile::AT_ONCE][4];
+      take<Tile>(sums, turn, of);
+      finish(p.epilogue, features, m + turn * Tile::AT_ONCE * 8, n, of);
+    }
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void lowbit_linear(const HopperParams& p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the other architectures hold the name alone, which none of their plans has
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const Stages<Tile> stages(shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Tile::STAGES; ++i) {
+      hopper::mbarrier_init(stages.full + i, 1);
+      hopper::mbarrier_init(stages.empty + i, 4 * Tile::CONSUMERS);
+    }
+    hopper::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128 * Tile::CONSUMERS) {
+    hopper::take_registers<Tile::CONSUMER_REGISTERS>();
+    consume<Tile>(p, stages);  // of every copy, so none is under way when the block ends
+  } else {
+    hopper::give_registers<Tile::PRODUCER_REGISTERS>();
+    if (threadIdx.x == 128 * Tile::CONSUMERS) produce<Tile>(p, stages);
+  }
+#endif
+}
+
+template <class Tile>
+void prepare(const LowbitLinear& problem, const LowbitLinearConfig&, int sm_count, Launch& launch) {
+  const Epilogue& e = problem.epilogue;
+  const uint64_t chunks = ceil_div(problem.K, CHUNK);
+  HopperParams params = {};
+  params.epilogue = e;
+  params.chunks = static_cast<int32_t>(chunks);
+  launch.param_bytes = sizeof(params);
+  *reinterpret_cast<HopperParams*>(launch.params) = params;
+  launch.cluster = 1;
+  const int64_t tiles = ceil_div(e.M, Tile::TOKENS) * ceil_div(e.N, Tile::FEATURES);
+  launch.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, int64_t{Tile::BLOCKS_PER_SM} * sm_count));
+
+  launch.num_maps = 2;
+  TensorMap& x = launch.maps[0];
+  x.base = reinterpret_cast<uint64_t>(problem.x);
+  x.rank = 2, x.element_bytes = 1, x.swizzle = 1, x.offset = offsetof(HopperParams, x_map);
+  x.dims[0] = problem.K, x.dims[1] = e.M;
+  x.strides[0] = e.M > 1 ? problem.x_stride : 16 * ceil_div(problem.K, 16);  // a single row's means nothing
+  x.box[0] = Tile::CHUNKS * CHUNK, x.box[1] = Tile::TOKENS;
+  TensorMap& w = launch.maps[1];
+  w.base = reinterpret_cast<uint64_t>(e.w_packed) + HEADER;
+  w.rank = 3, w.element_bytes = 1, w.swizzle = 1, w.offset = offsetof(HopperParams, w_map);
+  w.dims[0] = 128, w.dims[1] = chunks * chunk_bytes(Tile::W_BITS) / 128, w.dims[2] = ceil_div(e.N, TILE);
+  w.strides[0] = 128, w.strides[1] = e.w_stride;
+  w.box[0] = 128, w.box[1] = Tile::PACKED_LINES, w.box[2] = Tile::FEATURES / TILE;
+}
+
+}  // namespace
+}  // namespace pyvit_accel
+
+// The kernels: name, bits, consumers, tokens.
+#define KERNELS(KERNEL)                            \
+  KERNEL(lowbit_linear_sm90_w8_256x176, 8, 2, 176) \
+  KERNEL(lowbit_linear_sm90_w4_256x176, 4, 2, 176) \
+  KERNEL(lowbit_linear_sm90_w8_256x128, 8, 2, 128) \
+  KERNEL(lowbit_linear_sm90_w4_256x128, 4, 2, 128) \
+  KERNEL(lowbit_linear_sm90_w8_128x128, 8, 1, 128) \
+  KERNEL(lowbit_linear_sm90_w4_128x128, 4, 1, 128) \
+  KERNEL(lowbit_linear_sm90_w8_128x64, 8, 1, 64)   \
+  KERNEL(lowbit_linear_sm90_w4_128x64, 4, 1, 64)   \
+  KERNEL(lowbit_linear_sm90_w8_128x32, 8, 1, 32)   \
+  KERNEL(lowbit_linear_sm90_w4_128x32, 4, 1, 32)   \
+  KERNEL(lowbit_linear_sm90_w8_128x16, 8, 1, 16)   \
+  KERNEL(lowbit_linear_sm90_w4_128x16, 4, 1, 16)
+
+#define DEFINE(NAME, W_BITS, CONSUMERS, TOKENS)                                                           \
+  using NAME##_tile = pyvit_accel::HopperTile<W_BITS, CONSUMERS, TOKENS>;                                 \
+  extern "C" __global__ void __launch_bounds__(NAME##_tile::THREADS, NAME##_tile::BLOCKS_PER_SM)          \
+      NAME(const __grid_constant__ pyvit_accel::HopperParams p) {                                         \
+    pyvit_accel::lowbit_linear<NAME##_tile>(p);                                                           \
+  }
+KERNELS(DEFINE)
+#undef DEFINE
+
+namespace pyvit_accel {
+
+template <class Tile>
+LowbitLinearConfig describe(const char* name, const void* function) {
+  return {name, function, 90, Tile::FEATURES, Tile::TOKENS, Tile::W_BITS, Tile::THREADS, Tile::SHARED_BYTES,
+          Tile::BLOCKS_PER_SM, 4096, prepare<Tile>};
+}
+
+LowbitLinearConfigs lowbit_linear_sm90() {
+#define DESCRIBE(NAME, W_BITS, CONSUMERS, TOKENS) describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)),
+  static const LowbitLinearConfig configs[] = {KERNELS(DESCRIBE)};
+#undef DESCRIBE
+  return {configs, sizeof(configs) / sizeof(configs[0])};
+}
+
+}  // namespace pyvit_accel

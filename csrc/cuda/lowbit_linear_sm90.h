@@ -1,0 +1,73 @@
+// The tiles of lowbit_linear on Hopper, and the reasons for their sizes.
+//
+// A block computes FEATURES x TOKENS, 128 inputs a stage. Floors of a tile, in clocks of an SM per 32 inputs of all of it
+// (wgmma: 4096 products a clock; shared memory: 128 bytes a clock; L2: between 24 and 46, by others' measurements):
+//
+//     products        FEATURES TOKENS / 128, the T/2 clocks of each m64nTk32, FEATURES / 64 of them
+//     shared memory   read:    32 TOKENS by every m64 (x is operand B), and the packed weights once, to registers
+//                     written: what TMA brings, 32 TOKENS + (32 | 16) FEATURES at (8 | 4) bits
+//     L2              what TMA brings
+//
+// in bytes per clock of the products, that is 64 + 8192 / TOKENS + 4096 / FEATURES of shared memory and 4096 / TOKENS + 4096 /
+// FEATURES of L2 at 8 bits (x and weights), 64 + 4096 / TOKENS + 4096 / FEATURES and 2048 / TOKENS + 4096 / FEATURES at 4:
+//
+//     features x tokens   shared memory (128)   L2 (24 to 46)   registers of a lane: sums + two steps of A
+//                         8 bits    4 bits      8 bits  4 bits
+//     128 x 128           160       128         64      48      128 + 16, two blocks an SM
+//     256 x 128           144       112         48      32      128 + 16
+//     256 x 176           127       103         39      28      176 + 16 (with 192 + 16 the epilogue spills)
+//
+// So 256 x 176 is the only one that keeps the tensor cores busy at 8 bits, and 128 x 128 takes 64 / 40 = 1.6 times the time
+// of its products. But at K = 768 a tile of 256 x 176 is 24 x 352 clocks of products, and then an epilogue of some 12
+// instructions an output, 40 with GELU, at 128 lanes a clock: 4200 to 14000 clocks in which the tensor cores rest. Two blocks
+// of 128 x 128 on an SM fill each other's. And small M or N leave SMs without a tile of the large ones. Hence all of them;
+// the plan (lowbit_linear.cu) chooses. With 64 tokens or fewer, memory is the floor: the weights come once, whatever the tile.
+//
+// Registers. An SM has 512 a lane in each of its four quarters, and warp w is in quarter w % 4. A fifth warp of a block, for
+// the copies, would take a quarter from 2 to 3 warps (two blocks an SM) and leave 168 to each of them: too few for 128 sums,
+// two steps of A and their addresses, and the assembler then waits after every wgmma. So the producer is a warpgroup too, of
+// which one thread works, and setmaxnreg moves what it does not need to the consumers: 2 x 2 x 128 = 2 (232 + 24), and
+// 3 x 168 = 2 x 240 + 24.
+#pragma once
+#include <cstdint>
+
+#include "fragments.cuh"
+#include "lowbit_linear.h"
+
+namespace pyvit_accel {
+
+// CONSUMERS: warpgroups that multiply, of 128 features each.
+template <int W_BITS_, int CONSUMERS_, int TOKENS_>
+struct HopperTile {
+  static constexpr int W_BITS = W_BITS_, CONSUMERS = CONSUMERS_, TOKENS = TOKENS_;
+  static constexpr int FEATURES = 128 * CONSUMERS;
+  static constexpr int BLOCKS_PER_SM = CONSUMERS == 1 ? 2 : 1;
+  static constexpr int THREADS = 128 * (CONSUMERS + 1);  // the last 128 are the producer's
+  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : 240, PRODUCER_REGISTERS = 24;
+
+  // A stage: x as TOKENS lines of 128 inputs, then the packed tiles, each as lines of 128 bytes of its four chunks.
+  static constexpr int CHUNKS = 4;
+  static constexpr int PACKED_BYTES = CHUNKS * chunk_bytes(W_BITS), PACKED_LINES = PACKED_BYTES / 128;
+  static constexpr int X_BYTES = TOKENS * CHUNKS * CHUNK, W_BYTES = FEATURES / TILE * PACKED_BYTES;
+  static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+  static_assert(X_BYTES % 1024 == 0 && W_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
+
+  // As many stages as shared memory holds, of 227 KiB, or 113 when two blocks share it; each has two barriers of 8 bytes.
+  static constexpr int SHARED_LIMIT = (BLOCKS_PER_SM == 2 ? 113 : 227) * 1024;
+  static constexpr int FIT = SHARED_LIMIT / (STAGE_BYTES + 16), STAGES = FIT < 8 ? FIT : 8;
+  static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + 16);
+  static_assert(STAGES >= 3, "one is multiplied, one is there, one is on its way");
+
+  // 8-token tiles of the epilogue whose loads are under way together; their y are 8 registers each.
+  static constexpr int AT_ONCE = TOKENS == 176 ? 1 : TOKENS == 16 || TOKENS == 128 ? 2 : 4;
+};
+
+// The parameters of every kernel.
+struct HopperParams {
+  alignas(64) uint8_t x_map[128];  // (K, M), box 128 x TOKENS, 128-byte swizzle
+  alignas(64) uint8_t w_map[128];  // (128, lines of a packed row, tiles), box 128 x PACKED_LINES x FEATURES / 16, likewise
+  Epilogue epilogue;
+  int32_t chunks;  // of 32 inputs
+};
+
+}  // namespace pyvit_accel
