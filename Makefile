@@ -1,10 +1,11 @@
 # make demo: everything from a fresh clone to a chart. make test: the lint check and all tests.
 # make bench: every op beside its float counterpart. make peers: models beside ONNX Runtime, OpenVINO and torchao.
+# make gpu: everything a GPU can say, in at most 9 minutes; ARGS="--only linear --minutes 3" for a part of it.
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers/bin
 
-.PHONY: demo test bench peers lint install clean
+.PHONY: demo test bench peers gpu lint install clean
 demo: install
 	$(BIN)/pyvit-accel demo
 
@@ -22,6 +23,9 @@ peers: .venv-peers/installed
 	mkdir -p demo
 	$(PEERS)/python bench/peers_cpu.py --models vit_tiny_patch16_224,vit_base_patch16_224 --batches 1,8 \
 	  --json demo/peers_cpu.json --chart demo/peers_cpu.png
+
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

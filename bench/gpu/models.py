@@ -1,0 +1,175 @@
+"""The part `models`: images a second of whole vision transformers, random weights, uint8 pixels in, in CUDA graphs.
+
+W8A8           static scales, calibrated on random images     W8A8_DYNAMIC   a scale per row, found on the way
+W8A8, bytes    attention with an exponential                   W4A8           for small batches
+compiled bf16  torch.compile, block by block; "whole": of the whole model at once, at one batch
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bench.gpu import launchers
+from bench.gpu.made import about
+from bench.gpu.shapes import B, H, L
+from bench.gpu.task import Task
+from bench.gpu.timing import measure, settle
+from pyvit_accel import accelerate, recipes
+from pyvit_accel.models import create_vit
+
+NAMES = {B: "vit_base_patch16_224", L: "vit_large_patch16_224", H: "vit_huge_patch14_224"}
+FLOAT, WHOLE = "compiled bf16", "compiled bf16, whole"
+RECIPES = {
+    "W8A8_DYNAMIC": recipes.W8A8_DYNAMIC,
+    "W8A8": recipes.W8A8,
+    "W8A8, bytes": recipes.integer(8, 8, softmax=None),
+    "W4A8": recipes.integer(4, 8, search=False),
+}
+CASES = (  # of all models the first, then what each is known for
+    *((B, batch, name) for batch in (64, 8, 1) for name in ("W8A8_DYNAMIC", FLOAT, "W8A8")),
+    (L, 64, "W8A8_DYNAMIC"), (L, 64, FLOAT), (H, 64, "W8A8_DYNAMIC"), (H, 64, FLOAT), (B, 64, WHOLE), (B, 1, "W4A8"),
+    (B, 64, "W8A8, bytes"), (B, 256, "W8A8_DYNAMIC"), (B, 256, FLOAT), (B, 256, "W8A8"),
+    *((model, batch, name) for batch in (1, 8, 256) for model in (L, H) for name in ("W8A8_DYNAMIC", FLOAT)),
+)  # fmt: skip
+TINY = (("tiny", 2, "W8A8_DYNAMIC"), ("tiny", 2, "W8A8"), ("tiny", 2, FLOAT), ("tiny", 2, WHOLE), ("tiny", 2, "W4A8"))
+BYTES_OURS, BYTES_BF16 = 26, 44  # that a block moves for each token and channel, fused as well as can be
+FAR = 0.5  # of the norm of the float model's logits: random weights, whose logits say little
+CALIBRATION = 4  # images
+
+
+def cases(task: Task) -> list[tuple[str, int, str]]:
+    if task.device != "cuda":
+        return list(TINY)
+    named = [backend for backend in launchers.available("cuda") if backend != "owner"]
+    more = [(B, 64, f"W8A8_DYNAMIC on {backend}") for backend in named if len(named) > 1]
+    return [*CASES[:3], *more, *([] if task.quick else CASES[3:])]
+
+
+class Zoo:
+    """Models as floats and by recipe, those of a name with the same weights."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.made = device, {}
+
+    def float_model(self, name: str) -> nn.Module:
+        """float32, on the CPU."""
+        if name not in self.made:
+            self.made[name] = random_model(name, self.device)
+        return self.made[name]
+
+    def get(self, name: str, implementation: str) -> nn.Module:
+        key = name, implementation
+        if key not in self.made:
+            self.made[key] = self._make(self.float_model(name), implementation)
+        return self.made[key]
+
+    def _make(self, model: nn.Module, implementation: str) -> nn.Module:
+        if implementation not in RECIPES:
+            return nn.Module.to(create_like(model), self.device, torch.bfloat16)
+        recipe = RECIPES[implementation]
+        batches = [images(model, CALIBRATION, "cpu")] if recipe.needs_calibration else None
+        return accelerate(model, recipe, batches)[0].to(self.device)
+
+
+def random_model(name: str, device: str) -> nn.Module:
+    """Weights are drawn where that is fast; norms begin as the identity."""
+    if name == "tiny":
+        return create_vit("vit_tiny_patch16_224", depth=2, image_size=64).eval().requires_grad_(False)
+    with torch.device("meta"):
+        model = create_vit(NAMES[name])
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    for key, p in model.named_parameters():
+        p.normal_(std=0.02)
+        if p.dim() == 1 and key.endswith("weight"):
+            p += 1
+    return model.cpu()
+
+
+def create_like(model: nn.Module) -> nn.Module:
+    """A copy of a model that the copy's casts leave alone."""
+    with torch.device("meta"):
+        new = type(model)(model.config)
+    new.load_state_dict(model.state_dict(), assign=True)
+    return new.eval().requires_grad_(False)
+
+
+def images(model: nn.Module, batch: int, device: str) -> Tensor:
+    config = model.config
+    shape = (batch, config.in_channels, config.image_size, config.image_size)
+    return torch.randint(256, shape, dtype=torch.uint8, device=device)
+
+
+def compiled(model: nn.Module, whole: bool):
+    """Calls of a bf16 model."""
+    if whole:
+        return torch.compile(model, dynamic=False)
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    return model
+
+
+def bf16_pixels(pixels: Tensor) -> Tensor:
+    """Normalised with the mean and deviation 0.5 of these models."""
+    return (pixels.to(torch.bfloat16) - 127.5) / 127.5
+
+
+def time_model(zoo: Zoo, name: str, batch: int, implementation: str) -> dict:
+    model, device = zoo.float_model(name), zoo.device
+    recipe, _, backend = implementation.partition(" on ")
+    is_float = recipe in (FLOAT, WHOLE)
+    row = work(model, name, batch, recipe, None if is_float else backend or "owner")
+    sets = [images(model, batch, device) for _ in range(2)]
+    if is_float:
+        run = compiled(zoo.get(name, f"bf16 for {implementation} x{batch}"), implementation == WHOLE)
+        call = lambda pixels: run(bf16_pixels(pixels))  # noqa: E731
+    else:
+        fast = zoo.get(name, recipe)
+
+        def call(pixels: Tensor) -> Tensor:
+            with launchers.Using(backend or "owner", device):
+                return fast(pixels)
+
+    few = sets[0][:2]
+    truth = model(few.cpu()) if name in (B, "tiny") else None
+    found = measure([lambda p=p: call(p) for p in sets], device, rounds=12 if device == "cuda" else 2)
+    row |= {"ms": 1e3 * found.pop("seconds"), "images": batch, **found}
+    logits = call(sets[0])[:2].float().cpu()
+    if not bool(logits.isfinite().all()):
+        raise AssertionError("logits that are not finite")
+    if truth is not None:
+        row["logit_error"] = float((logits - truth).norm() / truth.norm())
+        if row["logit_error"] > FAR:
+            raise AssertionError(f"logits are off by {row['logit_error']:.3g} of their norm")
+    return row
+
+
+def work(model: nn.Module, name: str, batch: int, implementation: str, backend: str | None) -> dict:
+    """Operations of all matmuls and attention; bytes of the weights and of what blocks hand on."""
+    config = model.config
+    tokens, C = config.num_patches + config.num_prefix_tokens, config.dim
+    hidden = int(C * config.mlp_ratio)
+    macs = tokens * C * (4 * C + 2 * hidden) + 2 * tokens**2 * C
+    parameters = sum(p.numel() for p in model.parameters())
+    is_float = backend is None
+    weights = parameters * (2 if is_float else 0.5 if implementation.startswith("W4") else 1)
+    moved = config.depth * batch * tokens * C * (BYTES_BF16 if is_float else BYTES_OURS)
+    ops = 2 * batch * (config.depth * macs + config.num_patches * C * config.in_channels * config.patch_size**2)
+    row = about(f"{name} model x{batch}", implementation, backend, "bf16" if is_float else "int8", ops, 0)
+    return row | {"bytes": int(weights + moved)}
+
+
+def main() -> None:
+    task = Task.current()
+    zoo = Zoo(task.device)
+    with torch.inference_mode():
+        if task.device == "cuda":
+            settle()
+        task.run({
+            f"{name} x{batch}, {made}": lambda name=name, batch=batch, made=made: time_model(zoo, name, batch, made)
+            for name, batch, made in cases(task)
+        })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""A pytest plugin: tests are items of a task. Each is on disk before and after it runs, and a lost GPU ends all.
+
+Tests that only compile are left out: they need no GPU, and run without one.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.gpu.task import BROKEN, Task, lost, reason
+
+COMPILING = ("architecture", "tmp_path")  # what tests that compile for several GPUs ask for
+TASK = Task.current()
+START = pytest.StashKey[bool]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    running = [item for item in items if not set(COMPILING) & set(getattr(item, "fixturenames", ()))]
+    if TASK.shards > 1:
+        running = in_turn(running)[TASK.shard :: TASK.shards]
+    left = set(TASK.plan([item.nodeid for item in running]))
+    items[:] = [item for item in running if item.nodeid in left]
+
+
+def in_turn(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The first case of every test function, then the second of every one: what time does not reach is spread out."""
+    seen: dict[str, int] = {}
+    turns = []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        turns.append(seen.get(function, 0))
+        seen[function] = turns[-1] + 1
+    return [item for _, item in sorted(zip(turns, items, strict=True), key=lambda pair: pair[0])]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    if TASK.late():
+        item.session.shouldstop = "no time was left"
+        return True
+    import time
+
+    TASK.row(item.nodeid, "begun", time=time.time())
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    values = dict(getattr(item, "row", {}))
+    if report.failed:
+        TASK.row(item.nodeid, "failed", why=f"{report.when}: {reason(error)}", **values)
+    elif report.skipped:
+        TASK.row(item.nodeid, "not run", why=str(getattr(error, "msg", error)), **values)
+    elif report.when == "call":
+        TASK.row(item.nodeid, "ok", seconds=round(call.duration, 3), **values)
+    if report.failed and error is not None and lost(error, TASK.device):
+        pytest.exit("the GPU context is lost", returncode=BROKEN)
+    return report
