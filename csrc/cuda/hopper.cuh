@@ -90,7 +90,7 @@ __device__ __forceinline__ void take_registers() {
 // groups of 8 tokens are 1024 bytes apart. The next 32 inputs are 32 bytes further: descriptor + 2.
 __device__ __forceinline__ uint64_t swizzled_operand(uint32_t lines) {
   constexpr uint64_t SWIZZLE_128B = uint64_t{1} << 62, GROUP_STRIDE = uint64_t{1024 >> 4} << 32;
-  return SWIZZLE_128B | GROUP_STRIDE | lines >> 4;
+  return SWIZZLE_128B | GROUP_STRIDE | (lines & 0x3FFFF) >> 4;
 }
 
 template <class Register, int COUNT>

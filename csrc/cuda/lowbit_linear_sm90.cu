@@ -162,18 +162,22 @@ __device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][Tile::TOKENS / 
   hopper::pin(sums[1]);
 }
 
-// The sums of AT_ONCE tiles of 8 tokens, from the turn-th on, as finish() takes them. Registers have no index: every turn
-// has its own moves and a branch around them, volatile lest the compiler make selections of them all.
-template <class Tile>
+// The sums of AT_ONCE tiles of 8 tokens as finish() takes them, those of turn `turn`, which is one of FIRST .. + COUNT - 1.
+// Registers have no index: every turn has its own moves, found by halving. They are volatile lest the compiler make them
+// all, and selections.
+template <class Tile, int FIRST = 0, int COUNT = Tile::TURNS>
 __device__ __forceinline__ void take(const int32_t (&sums)[2][Tile::TOKENS / 2], int turn, int32_t (&to)[2 * Tile::AT_ONCE][4]) {
-#pragma unroll
-  for (int i = 0; i < Tile::TOKENS / 8 / Tile::AT_ONCE; ++i) {
-    if (i != turn) continue;
+  if constexpr (COUNT > 1) {
+    if (turn < FIRST + COUNT / 2)
+      take<Tile, FIRST, COUNT / 2>(sums, turn, to);
+    else
+      take<Tile, FIRST + COUNT / 2, COUNT - COUNT / 2>(sums, turn, to);
+  } else {
 #pragma unroll
     for (int j = 0; j < 2 * Tile::AT_ONCE; ++j)
 #pragma unroll
       for (int feature = 0; feature < 4; ++feature) {
-        const int at = 4 * (i * Tile::AT_ONCE + j / 2) + 2 * (feature % 2) + j % 2;
+        const int at = 4 * (FIRST * Tile::AT_ONCE + j / 2) + 2 * (feature % 2) + j % 2;
         asm volatile("shr.s32 %0, %1, %2;" : "=r"(to[j][feature]) : "r"(sums[feature / 2][at]), "n"(8 - Tile::W_BITS));
       }
   }
@@ -189,7 +193,7 @@ __device__ __forceinline__ void consume(const HopperParams& p, Stages<Tile> at) 
     const int m = place.m + lane_token(lane), n = place.n + warp * PAIR + lane_feature(lane);
     const Features features = load_features(p.epilogue, n);
 #pragma unroll 1
-    for (int turn = 0; turn < Tile::TOKENS / 8 / Tile::AT_ONCE; ++turn) {
+    for (int turn = 0; turn < Tile::TURNS; ++turn) {
       int32_t of[2 * Tile::AT_ONCE][4];
       take<Tile>(sums, turn, of);
       finish(p.epilogue, features, m + turn * Tile::AT_ONCE * 8, n, of);

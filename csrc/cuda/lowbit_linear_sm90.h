@@ -58,8 +58,9 @@ struct HopperTile {
   static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + 16);
   static_assert(STAGES >= 3, "one is multiplied, one is there, one is on its way");
 
-  // 8-token tiles of the epilogue whose loads are under way together; their y are 8 registers each.
-  static constexpr int AT_ONCE = TOKENS == 176 ? 1 : TOKENS == 16 || TOKENS == 128 ? 2 : 4;
+  // The epilogue takes as many tiles of 8 tokens in a turn as registers allow: their loads are under way together.
+  static constexpr int AT_ONCE = TOKENS == 176 ? 1 : TOKENS == 16 || TOKENS == 128 ? 2 : 4, TURNS = TOKENS / 8 / AT_ONCE;
+  static_assert(TOKENS % (8 * AT_ONCE) == 0, "turns are alike");
 };
 
 // The parameters of every kernel.
