@@ -1,18 +1,32 @@
-"""Builds pyvit_accel._C, the CPU kernels. Settings are in the environment:
+"""Builds the CPU kernels, pyvit_accel._C, and the CUDA ones, pyvit_accel/libpyvit_accel_cuda.so.
 
-PYVIT_ACCEL_EXT=auto|cpu|off   auto (default) builds what this machine can and says what it could not; cpu must succeed.
+PYVIT_ACCEL_EXT=auto|cpu|cuda|off   auto (default) builds what this machine can and says what it could not; cpu builds
+                                    the CPU kernels, cuda both, and what they build must succeed.
+
+The CUDA kernels need nvcc of CUDA 12.8 or newer, on the PATH or under CUDA_HOME, and neither torch nor a GPU:
+`python setup.py build_cuda` builds them alone, into the source tree.
 """
 
 import os
+import shutil
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import find_packages, setup
+from setuptools import Command, Distribution, find_packages, setup
+from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
 WANTED = os.environ.get("PYVIT_ACCEL_EXT", "auto")
-if WANTED not in ("auto", "cpu", "off"):
-    sys.exit(f"PYVIT_ACCEL_EXT={WANTED!r} is not one of auto, cpu, off")
+if WANTED not in ("auto", "cpu", "cuda", "off"):
+    sys.exit(f"PYVIT_ACCEL_EXT={WANTED!r} is not one of auto, cpu, cuda, off")
+
+
+def say(text):
+    print(f"pyvit_accel: {text}", flush=True)
 
 
 def extension():
@@ -20,24 +34,26 @@ def extension():
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        if WANTED == "cpu":
+        if WANTED in ("cpu", "cuda"):
             raise
-        print("pyvit_accel: torch is not importable here, so no CPU kernels; use pip install --no-build-isolation")
+        say("torch is not importable here, so no CPU kernels; use pip install --no-build-isolation")
         return [], {}
 
-    class Build(BuildExtension):
+    class BuildCpu(BuildExtension):
         def run(self):
             try:
                 super().run()
             except Exception as error:  # whatever a missing or broken compiler raises: auto may skip, and says so
-                if WANTED == "cpu":
+                if WANTED in ("cpu", "cuda"):
                     raise
-                print(f"pyvit_accel: no CPU kernels were built, the reference will run instead: {error}")
+                say(f"no CPU kernels were built, the reference will run instead: {error}")
 
+    csrc = ROOT / "csrc"
+    sources = [csrc / "module.cpp", *(csrc / "cpu").glob("*.cpp")]
     cpu = CppExtension(
         "pyvit_accel._C",
-        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")),
-        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")),
+        sorted(str(p.relative_to(ROOT)) for p in sources),
+        depends=sorted(str(p.relative_to(ROOT)) for p in [*csrc.glob("*.*"), *(csrc / "cpu").glob("*.*")]),
         # Without contraction every float operation rounds as written, so all instruction sets give the same bits.
         # Compiled for OpenMP, for at::parallel_for, but not linked with it: torch brings the one that must be used.
         extra_compile_args=[
@@ -46,7 +62,116 @@ def extension():
         ],
     )
     cpu.optional = WANTED == "auto"
-    return [cpu], {"build_ext": Build}
+    return [cpu], {"build_ext": BuildCpu}
+
+
+CUDA_LIBRARY = "pyvit_accel/libpyvit_accel_cuda.so"
+CUDA_FLAGS = (
+    *("-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"),
+    "-fmad=false",  # every float operation rounds as written: the reference's bits
+)
+# Of each source, by the end of its name; kernels come as machine code and as the PTX it was made of.
+CUDA_TARGETS = {"_sm80": ("80", "89", "90a", "100a"), "_sm90": ("90a",), "": ("80",)}
+
+
+def includes(rule):
+    """The files that a compiler's dependency rule names, and this one."""
+    names = rule.read_text().partition(":")[2].replace("\\\n", " ").split() if rule.exists() else []
+    return [Path(__file__), *map(Path, names)]
+
+
+def is_old(output, inputs):
+    """Whether the output is missing, or older than an input, or an input is gone."""
+    if not output.exists() or not all(p.exists() for p in inputs):
+        return True
+    return output.stat().st_mtime < max(p.stat().st_mtime for p in inputs)
+
+
+def find_nvcc():
+    """The path of nvcc, or None."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+class BuildCuda(Command):
+    """Compiles csrc/cuda into one shared library of the source tree; what did not change is not compiled again."""
+
+    description = "build the CUDA kernels with nvcc, in the source tree"
+    user_options: ClassVar[list] = []
+
+    def initialize_options(self):
+        self.folder = ROOT
+
+    def finalize_options(self):
+        self.library = Path(self.folder) / CUDA_LIBRARY
+
+    def run(self):
+        nvcc = find_nvcc()
+        if nvcc is None:
+            return self.fail("there is no nvcc on the PATH or under CUDA_HOME")
+        try:
+            self.compile(nvcc)
+        except subprocess.CalledProcessError as error:
+            self.fail(f"{' '.join(error.cmd)} failed")
+
+    def fail(self, why):
+        sys.exit(f"pyvit_accel: no CUDA kernels were built, {why}; they need the CUDA toolkit, 12.8 or newer")
+
+    def compile(self, nvcc):
+        began, folder, csrc = time.monotonic(), ROOT / "build" / "cuda", ROOT / "csrc" / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        sources, commands = sorted(csrc.glob("*.cu")), []
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        for source, output in zip(sources, objects, strict=True):
+            if is_old(output, includes(output.with_suffix(".d"))):
+                archs = next(archs for end, archs in CUDA_TARGETS.items() if source.stem.endswith(end))
+                codes = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in archs]
+                files = ["-MMD", "-MF", str(output.with_suffix(".d")), "-c", str(source), "-o", str(output)]
+                commands.append([nvcc, *CUDA_FLAGS, *codes, *files])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+        if commands or is_old(self.library, objects):
+            self.library.parent.mkdir(parents=True, exist_ok=True)
+            new = f"{self.library}.new"
+            subprocess.run([nvcc, "-shared", "-cudart=static", *map(str, objects), "-o", new], check=True)
+            os.replace(new, self.library)  # a process that has loaded the old one keeps it
+        say(f"{self.library}: {len(commands)} of {len(sources)} files compiled, {time.monotonic() - began:.0f} s")
+
+
+class BuildCudaStep(BuildCuda):
+    """The same as a step of `build`: into the package that is built, and auto may skip it."""
+
+    editable_mode = False
+
+    def finalize_options(self):
+        if not self.editable_mode:
+            self.folder = self.get_finalized_command("build").build_lib
+        super().finalize_options()
+
+    def fail(self, why):
+        if WANTED == "cuda":
+            super().fail(why)
+        say(f"no CUDA kernels were built, GPUs run the Triton ones: {why}")
+
+    def get_source_files(self):
+        return [str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").rglob("*.*")]
+
+    def get_outputs(self):
+        return [str(self.library)] if self.library.exists() else []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class Build(build):
+    sub_commands = (*build.sub_commands, ("build_cuda_step", lambda self: WANTED in ("auto", "cuda")))
+
+
+class Platform(Distribution):
+    """A distribution whose wheels are of one platform when they hold CUDA kernels, with CPU kernels or without."""
+
+    def has_ext_modules(self):
+        return super().has_ext_modules() or WANTED == "cuda" or (WANTED == "auto" and find_nvcc() is not None)
 
 
 ext_modules, cmdclass = ([], {}) if WANTED == "off" else extension()
@@ -70,5 +195,6 @@ setup(
     },
     entry_points={"console_scripts": ["pyvit-accel = pyvit_accel.cli:main"]},
     ext_modules=ext_modules,
-    cmdclass=cmdclass,
+    cmdclass={**cmdclass, "build": Build, "build_cuda": BuildCuda, "build_cuda_step": BuildCudaStep},
+    distclass=Platform,
 )

@@ -1,0 +1,247 @@
+// y = epilogue(x w^T) on int8 codes, for sm_80 and newer: mma.sync.m16n8k32.
+//
+//     x         (M, x_stride)  int8, K-major; K rounded up to 16 may be read
+//     w_packed  (ceil(N / 16), w_stride)  4 or 8 bits, formats/packed.py
+//     y         (M, N)  float32 or int8 codes, epilogue.cuh
+//
+// A block of four warps computes FEATURES x TOKENS. Copies of the next inputs (cp.async, STAGES deep, 64 inputs each) run
+// under the products of these:
+//
+//     global                 shared, 128-byte swizzle                   registers
+//     x rows of 64 bytes     [TOKENS][64]                ldmatrix.x4    two 8-token tiles of B, 32 inputs
+//     w pieces of 2 chunks   [FEATURES / 16][2][chunk]   ld.shared.v4   two 16-feature tiles of A (4 bits: after unpacking)
+//
+// What lies beyond M, N and K is copied as zeros, so the loop has no tail: beyond K x is zero, and w whatever. 4-bit weights
+// arrive times 16, and so do their sums, which are exact up to K = 131071.
+//
+// 128 x 128 tiles: three stages of 8-bit weights are 48 KiB, so that two blocks fit the 100 KiB of an sm_89; the 128 sums of
+// a thread leave room for the rest in the 255 registers that two blocks allow.
+#include <cuda_runtime.h>
+
+#include "epilogue.cuh"
+
+namespace pyvit_accel {
+namespace {
+
+constexpr int THREADS = 128;
+constexpr int INPUTS = 64;   // of a stage
+constexpr int GROUP_M = 8;   // token tiles that in turn share a column of weight tiles in L2
+constexpr int AT_ONCE = 4;   // 8-token tiles of an epilogue: its code for all 16 would not fit the caches
+
+template <int W_BITS, int FEATURES, int TOKENS>
+struct StageLayout {
+  static constexpr int TILE_BYTES = INPUTS / CHUNK * chunk_bytes(W_BITS);  // of a packed tile
+  static constexpr int X_BYTES = TOKENS * INPUTS;
+  static constexpr int W_BYTES = FEATURES / TILE * TILE_BYTES;
+  static constexpr int BYTES = X_BYTES + W_BYTES;
+  static_assert(X_BYTES % (UNIT * THREADS) == 0 && W_BYTES % (UNIT * THREADS) == 0, "every thread copies as many units");
+  static_assert(X_BYTES % 1024 == 0 && W_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
+};
+
+// 16 bytes to shared memory, asynchronously; zeros when there are none to read.
+__device__ __forceinline__ void copy_unit(uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8, and gets 4 bytes of row l / 4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&to)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+// sums (16 features x 8 tokens) += a (16 x 32) b (32 x 8).
+__device__ __forceinline__ void multiply(int32_t (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The tile of this block: GROUP_M token tiles, then the next features.
+__device__ __forceinline__ void tile_of_block(int tiles_m, int tiles_n, int* tile_m, int* tile_n) {
+  const int group = blockIdx.x / (GROUP_M * tiles_n), within = blockIdx.x % (GROUP_M * tiles_n);
+  const int group_m = min(tiles_m - group * GROUP_M, GROUP_M);
+  *tile_m = group * GROUP_M + within % group_m;
+  *tile_n = within / group_m;
+}
+
+// What a thread copies of every stage: units of rows of x and of packed tiles. Rows beyond M and tiles beyond N repeat the
+// last, for their sums go nowhere; inputs beyond K are zeros.
+template <class Stage>
+struct Copier {
+  static constexpr int X_ROW = INPUTS / UNIT, W_ROW = Stage::TILE_BYTES / UNIT;  // units of a row in a stage
+  static constexpr int X_TURNS = Stage::X_BYTES / UNIT / THREADS, W_TURNS = Stage::W_BYTES / UNIT / THREADS;
+  static_assert(THREADS % X_ROW == 0 && THREADS % W_ROW == 0, "a thread's units are at one place of their rows");
+
+  const int8_t* x[X_TURNS];
+  const uint8_t* w[W_TURNS];
+  int x_at, x_end, w_at, w_end;  // in a row: of this thread in a stage, and of the row
+
+  __device__ __forceinline__ Copier(const LowbitLinear& p, int64_t first_m, int first_tile) {
+    x_at = threadIdx.x % X_ROW * UNIT, x_end = p.K;
+    w_at = threadIdx.x % W_ROW * UNIT, w_end = (p.K + CHUNK - 1) / CHUNK * (Stage::TILE_BYTES * CHUNK / INPUTS);
+#pragma unroll
+    for (int i = 0; i < X_TURNS; ++i) {
+      const int64_t row = first_m + (i * THREADS + threadIdx.x) / X_ROW;
+      x[i] = p.x + min(row, static_cast<int64_t>(p.epilogue.M - 1)) * p.x_stride + x_at;
+    }
+#pragma unroll
+    for (int i = 0; i < W_TURNS; ++i) {
+      const int tile = first_tile + (i * THREADS + threadIdx.x) / W_ROW;
+      w[i] = p.epilogue.w_packed + min(tile, (p.epilogue.N - 1) / TILE) * p.epilogue.w_stride + HEADER + w_at;
+    }
+  }
+
+  __device__ __forceinline__ void copy(int step, uint32_t to) const {
+    const int64_t x_step = static_cast<int64_t>(step) * INPUTS, w_step = static_cast<int64_t>(step) * Stage::TILE_BYTES;
+    const bool in_x = x_at + x_step < x_end, in_w = w_at + w_step < w_end;
+#pragma unroll
+    for (int i = 0; i < X_TURNS; ++i)
+      copy_unit(to + swizzle128((i * THREADS + threadIdx.x) * UNIT), x[i] + x_step, in_x);
+#pragma unroll
+    for (int i = 0; i < W_TURNS; ++i)
+      copy_unit(to + Stage::X_BYTES + swizzle128((i * THREADS + threadIdx.x) * UNIT), w[i] + w_step, in_w);
+  }
+};
+
+template <int W_BITS, int FEATURES, int TOKENS, int STAGES>
+__device__ __forceinline__ void lowbit_linear(const LowbitLinear& p) {
+  using Stage = StageLayout<W_BITS, FEATURES, TOKENS>;
+  constexpr int PAIRS = FEATURES / 2 / PAIR;  // of a warp, which has half the features and half the tokens
+  constexpr int BLOCKS = TOKENS / 2 / 8;      // 8-token tiles of a warp
+  static_assert(PAIRS >= 1 && BLOCKS % 2 == 0, "a warp takes 32 features and 16 tokens at a time");
+
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_n = warp / 2 * (FEATURES / 2), warp_m = warp % 2 * (TOKENS / 2);
+  int tile_m, tile_n;
+  tile_of_block((p.epilogue.M + TOKENS - 1) / TOKENS, (p.epilogue.N + FEATURES - 1) / FEATURES, &tile_m, &tile_n);
+  const int64_t first_m = static_cast<int64_t>(tile_m) * TOKENS;
+  const int first_n = tile_n * FEATURES;
+  const Copier<Stage> copier(p, first_m, first_n / TILE);
+  const int steps = (p.K + INPUTS - 1) / INPUTS;
+
+  int32_t sums[PAIRS * BLOCKS][2][4] = {};  // of a pair of packed tiles x 8 tokens: those of two tiles of A
+
+  for (int step = 0; step < STAGES - 1; ++step) {
+    if (step < steps) copier.copy(step, stages + step * Stage::BYTES);
+    commit_copies();
+  }
+  int stage = 0, next_stage = STAGES - 1;
+  for (int step = 0; step < steps; ++step) {
+    await_copies<STAGES - 2>();
+    __syncthreads();  // this stage is here, and nobody reads the one that is copied to now
+    const int next = step + STAGES - 1;
+    if (next < steps) copier.copy(next, stages + next_stage * Stage::BYTES);
+    commit_copies();  // empty ones too: groups are counted
+    const uint32_t x = stages + stage * Stage::BYTES, w = x + Stage::X_BYTES;
+#pragma unroll
+    for (int chunk = 0; chunk < INPUTS / CHUNK; ++chunk) {
+      uint32_t a[PAIRS][2][4];
+#pragma unroll
+      for (int pair = 0; pair < PAIRS; ++pair) {
+        const uint32_t at = (warp_n / TILE + 2 * pair) * Stage::TILE_BYTES + chunk * chunk_bytes(W_BITS) +
+                            weight_offset(lane, Stage::TILE_BYTES);
+        uint32_t low[4];
+        load_words(w + swizzle128(at), low);
+        if constexpr (W_BITS == 4) {
+          unpack4(low, a[pair]);
+        } else {
+          uint32_t high[4];
+          load_words(w + swizzle128(at + 256), high);
+          unpack8(low, high, a[pair]);
+        }
+      }
+#pragma unroll
+      for (int block = 0; block < BLOCKS; block += 2) {
+        const int token = warp_m + 8 * block + lane / 16 * 8 + lane % 8;
+        uint32_t b[4];  // inputs 0..15 and 16..31 of 8 tokens, then of 8 more
+        load_matrices(x + swizzle128(token * INPUTS + chunk * CHUNK + lane / 8 % 2 * UNIT), b);
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; ++pair)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            multiply(sums[pair * BLOCKS + block][i], a[pair][i], b[0], b[1]);
+            multiply(sums[pair * BLOCKS + block + 1][i], a[pair][i], b[2], b[3]);
+          }
+      }
+    }
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
+  }
+
+  constexpr int COUNT = BLOCKS < AT_ONCE ? BLOCKS : AT_ONCE;
+#pragma unroll 1
+  for (int done = 0; done < PAIRS * BLOCKS; done += COUNT) {
+    const int n = first_n + warp_n + done / BLOCKS * PAIR + lane_feature(lane);
+    const int m = static_cast<int>(first_m) + warp_m + done % BLOCKS * 8 + lane_token(lane);
+    const Features features = load_features(p.epilogue, n);
+    int32_t of[2 * COUNT][4];  // of[token][feature]
+#pragma unroll
+    for (int j = 0; j < 2 * COUNT; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of[j][i] = sums[j / 2][i / 2][2 * (i % 2) + j % 2] >> (8 - W_BITS);
+    finish(p.epilogue, features, m, n, of);
+#pragma unroll
+    for (int block = 0; block + COUNT < PAIRS * BLOCKS; ++block)  // registers have no index: the next ones move here
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[block][i][j] = sums[block + COUNT][i][j];
+  }
+}
+
+void prepare(const LowbitLinear& problem, const LowbitLinearConfig& config, int, Launch& launch) {
+  const Epilogue& e = problem.epilogue;
+  launch.grid = static_cast<uint32_t>(ceil_div(e.M, config.tokens) * ceil_div(e.N, config.features));
+  launch.param_bytes = sizeof(problem);
+  *reinterpret_cast<LowbitLinear*>(launch.params) = problem;
+}
+
+}  // namespace
+}  // namespace pyvit_accel
+
+// The kernels: name, bits, features, tokens, stages, blocks of an SM.
+#define KERNELS(KERNEL)                                 \
+  KERNEL(lowbit_linear_sm80_w8_128x128, 8, 128, 128, 3, 2) \
+  KERNEL(lowbit_linear_sm80_w4_128x128, 4, 128, 128, 3, 2) \
+  KERNEL(lowbit_linear_sm80_w8_64x64, 8, 64, 64, 4, 3)     \
+  KERNEL(lowbit_linear_sm80_w4_64x64, 4, 64, 64, 4, 3)     \
+  KERNEL(lowbit_linear_sm80_w8_64x32, 8, 64, 32, 5, 3)     \
+  KERNEL(lowbit_linear_sm80_w4_64x32, 4, 64, 32, 5, 3)
+
+#define DEFINE(NAME, W_BITS, FEATURES, TOKENS, STAGES, BLOCKS_PER_SM)                                           \
+  extern "C" __global__ void __launch_bounds__(pyvit_accel::THREADS, BLOCKS_PER_SM)                             \
+      NAME(const __grid_constant__ LowbitLinear p) {                                                            \
+    pyvit_accel::lowbit_linear<W_BITS, FEATURES, TOKENS, STAGES>(p);                                            \
+  }
+KERNELS(DEFINE)
+#undef DEFINE
+
+namespace pyvit_accel {
+
+LowbitLinearConfigs lowbit_linear_sm80() {
+#define DESCRIBE(NAME, W_BITS, FEATURES, TOKENS, STAGES, BLOCKS_PER_SM)                                    \
+  {#NAME, reinterpret_cast<const void*>(&NAME), 80, FEATURES, TOKENS, W_BITS, THREADS,                     \
+   STAGES * StageLayout<W_BITS, FEATURES, TOKENS>::BYTES, BLOCKS_PER_SM, 2048, prepare},
+  static const LowbitLinearConfig configs[] = {KERNELS(DESCRIBE)};
+#undef DESCRIBE
+  return {configs, sizeof(configs) / sizeof(configs[0])};
+}
+
+}  // namespace pyvit_accel
