@@ -28,9 +28,16 @@ from .report import Fault, NotEmulated
 __all__ = ["Fault", "Memory", "NotEmulated", "Program", "TensorMap", "load", "run"]
 
 
-def run(program: Program, grid, block, params: bytes, memory: Memory, shared: int = 0, cluster: int = 1) -> None:
-    """One launch. grid, block: numbers, or tuples of up to three; shared: bytes of dynamic shared memory.
+def run(
+    program: Program, grid, block, params: bytes, memory: Memory, shared: int = 0, cluster: int = 1, complete: bool = True
+) -> None:
+    """One launch.
+
+    grid, block  numbers, or tuples of up to three
+    params       the bytes of the parameters, laid out as the entry has them
+    shared       bytes of dynamic shared memory
+    complete     every byte of "write" allocations must be written
 
     Raises Fault for what the kernel does wrong, ValueError for a launch that is.
     """
-    Machine(program, grid, block, params, memory, shared, cluster).run()
+    Machine(program, grid, block, params, memory, shared, cluster).run(complete)

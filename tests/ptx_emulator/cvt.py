@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .floats8 import decode_e4m3, decode_e5m2, encode_e4m3, encode_e5m2
+from .floats8 import decode_e4m3, decode_e5m2, encode_e4m3, encode_e5m2, encode_tf32
 from .program import TYPES, handles
 from .report import NotEmulated
 from .scalar import bf16_to_f32, f32_to_bf16, flush
@@ -19,6 +19,9 @@ def cvt(ins, program):
     mods = list(ins.mods)
     if "pack" in mods:
         return pack(ins, program)
+    if mods in (["rna", "tf32", "f32"], ["rn", "tf32", "f32"]):
+        read, write = program.reader(ins.operands[1], "f32", ins), program.writer(ins.operands[0], "u32", ins)
+        return lambda g: write(g, encode_tf32(read(g), ties_away=mods[0] == "rna"))
     types = [m for m in mods if m in TYPES or m in EIGHT]
     if len(types) != 2 or any(m not in KNOWN for m in mods if m not in types):
         raise NotEmulated(ins.line, ins.text)

@@ -30,7 +30,7 @@ class Allocation:
     address: int
     data: np.ndarray  # uint8
     mode: str  # read, write, update
-    writer: np.ndarray  # of every byte the thread that wrote it last, -1: none
+    writer: np.ndarray  # of every byte the thread that wrote it last; below 0: see Memory
 
 
 class Memory:
@@ -39,6 +39,9 @@ class Memory:
     allocate(name, array, mode): "read" may not be written, "write" may not be read before it is written and must be
     written whole, "update" is both. An allocation stands `skew` bytes behind a multiple of 256; nothing is next to it.
     """
+
+    BEFORE = -2  # the writer of bytes an earlier launch wrote
+    NOBODY = -1
 
     def __init__(self):
         self.allocations: list[Allocation] = []
@@ -51,14 +54,17 @@ class Memory:
         data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).copy()
         if mode == "write":
             data[:] = 0xCD
-        new = Allocation(name, self.next + skew, data, mode, np.full(len(data), -1, np.int64))
+        new = Allocation(name, self.next + skew, data, mode, np.full(len(data), self.NOBODY, np.int64))
         self.allocations.append(new)
         self.next += -(-(len(data) + skew) // 256) * 256 + 65536
         return new.address
 
+    def allocation(self, name: str) -> Allocation:
+        return next(a for a in self.allocations if a.name == name)
+
     def __getitem__(self, name: str) -> np.ndarray:
         """The bytes of an allocation."""
-        return next(a.data for a in self.allocations if a.name == name)
+        return self.allocation(name).data
 
     def find(self, addresses: np.ndarray, nbytes: int, what: str) -> tuple[Allocation, np.ndarray]:
         """The allocation all n addresses (uint64) are in, and their offsets. Several allocations: see groups()."""
@@ -101,8 +107,8 @@ class Memory:
             except BadAccess as bad:
                 raise BadAccess(int(part[bad.lane]), bad.reason) from None
             at = offsets[:, None] + np.arange(nbytes)
-            if a.mode == "write" and (a.writer[at] < 0).any():
-                lane = int(np.flatnonzero((a.writer[at] < 0).any(axis=1))[0])
+            if a.mode == "write" and (a.writer[at] == self.NOBODY).any():
+                lane = int(np.flatnonzero((a.writer[at] == self.NOBODY).any(axis=1))[0])
                 reason = f"read of byte {offsets[lane]} of {a.name}, which nothing has written"
                 raise BadAccess(int(part[lane]), reason)
             result[part] = a.data[at]
@@ -136,7 +142,7 @@ class Memory:
         """A line for every "write" allocation of which bytes were never written."""
         lines = []
         for a in self.allocations:
-            missing = np.flatnonzero(a.writer < 0)
+            missing = np.flatnonzero(a.writer == self.NOBODY)
             if a.mode == "write" and len(missing):
                 where = f"the first at byte {missing[0]}"
                 lines.append(f"{len(missing)} of {len(a.data)} bytes of {a.name} were never written, {where}")

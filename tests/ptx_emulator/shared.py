@@ -7,7 +7,7 @@ which clock of every agent a knows what it did; a barrier, an mbarrier or a wait
 
 The asynchronous proxy (bulk copies, wgmma) sees ordinary writes only after a fence: `fenced` holds what of `clock` was
 fenced. Threads of one warp count as ordered among each other only by a barrier or bar.warp.sync between a write and
-another thread's access.
+another thread's access. A second write of the same value is no race: compilers let all threads that hold one write it.
 """
 
 from __future__ import annotations
@@ -107,17 +107,17 @@ class Shared:
             raise BadAccess(int(lane), f"read of shared byte {at[lane, byte]}, which is of an mbarrier")
         agents = np.broadcast_to(np.asarray(agents), at.shape[:1])
         by = agents[:, None]
-        self._check_writes(at, by, threads, "read")
+        self._check_writes(at, by, threads, "read", True)
         self.reads[by, at] = clocks.clock[agents, agents][:, None]
         self.read_line[at] = line
         clocks.readers.update(np.unique(agents).tolist())
         return self.data[at]
 
-    def _check_writes(self, at, by, threads, what) -> None:
-        """Raise where the last write of a byte is not known to the agents `by` (n, 1)."""
+    def _check_writes(self, at, by, threads, what, matters) -> None:
+        """Raise where the last write of a byte is not known to the agents `by` (n, 1), and matters."""
         clocks, writer = self.clocks, self.agent[at]
         clock = self.clock[at]
-        unknown = clock > clocks.clock[by, writer]
+        unknown = (clock > clocks.clock[by, writer]) & matters
         proxy = clocks.is_proxy(by)
         if proxy.any():
             unfenced = proxy & (writer < clocks.warps) & (clock > clocks.fenced[by, writer]) & (clock > 0)
@@ -127,7 +127,7 @@ class Shared:
         if threads is not None:
             same = (writer == by) & (self.thread[at] != threads[:, None]) & (clock > 0)
             safe = np.minimum(writer, clocks.warps - 1)
-            unknown |= same & (self.epoch[at] >= clocks.epoch[safe])
+            unknown |= same & (self.epoch[at] >= clocks.epoch[safe]) & matters
         if unknown.any():
             lane, byte = np.argwhere(unknown)[0]
             raise BadAccess(int(lane), self._text("race:", what, at[lane, byte]))
@@ -148,7 +148,7 @@ class Shared:
             raise BadAccess(int(lane), f"write to shared byte {at[lane, byte]}, which is of an mbarrier")
         agents = np.broadcast_to(np.asarray(agents), at.shape[:1])
         by = agents[:, None]
-        self._check_writes(at, by, threads, "write")
+        self._check_writes(at, by, threads, "write", self.data[at] != data)
         for reader in clocks.readers:
             late = (self.reads[reader][at] > clocks.clock[by, reader]) & (by != reader)
             if late.any():
@@ -157,14 +157,12 @@ class Shared:
                 kind = "thread of a warp" if reader < clocks.warps else "wgmma" if reader >= clocks.tensor else "copy"
                 text = f"race: write of shared byte {byte}, which a {kind} reads at PTX line {self.read_line[byte]}"
                 raise BadAccess(int(lane), f"{text}, unordered")
-        who = -1 if threads is None else threads[:, None]
-        self.thread[at] = who
-        if threads is not None and at.shape[0] > 1:
-            twice = (self.thread[at] != who).any(axis=1)
-            if twice.any():
-                lane = int(np.flatnonzero(twice)[0])
-                raise BadAccess(lane, f"race: two threads write shared byte {at[lane, 0]} in one instruction")
         self.data[at] = data
+        twice = self.data[at] != data
+        if twice.any():
+            lane, byte = np.argwhere(twice)[0]
+            raise BadAccess(int(lane), f"race: two threads write shared byte {at[lane, byte]} in one instruction")
+        self.thread[at] = -1 if threads is None else threads[:, None]
         self.written[at] = True
         self.agent[at], self.clock[at] = by, clocks.clock[agents, agents][:, None]
         self.epoch[at] = clocks.epoch[np.minimum(agents, clocks.warps - 1)][:, None]
