@@ -1,11 +1,12 @@
 # make demo: everything from a fresh clone to a chart. make test: the lint check and all tests.
 # make bench: every op beside its float counterpart. make peers: models beside ONNX Runtime, OpenVINO and torchao.
 # make gpu: everything a GPU can say, in at most 9 minutes; ARGS="--only linear --minutes 3" for a part of it.
+# make cuda: the CUDA kernels, with nvcc alone.
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers/bin
 
-.PHONY: demo test bench peers gpu lint install clean
+.PHONY: demo test bench peers cuda gpu lint install clean
 demo: install
 	$(BIN)/pyvit-accel demo
 
@@ -23,6 +24,9 @@ peers: .venv-peers/installed
 	mkdir -p demo
 	$(PEERS)/python bench/peers_cpu.py --models vit_tiny_patch16_224,vit_base_patch16_224 --batches 1,8 \
 	  --json demo/peers_cpu.json --chart demo/peers_cpu.png
+
+cuda:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) setup.py build_cuda
 
 gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu $(ARGS)

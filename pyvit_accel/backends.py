@@ -9,10 +9,11 @@ from importlib.util import find_spec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyvit_accel import reference
+from pyvit_accel import cuda, reference
 
 HAS_CPU_KERNELS = find_spec("pyvit_accel._C") is not None
 HAS_TRITON = find_spec("triton") is not None and find_spec("pyvit_accel.kernels") is not None
+HAS_CUDA_LIBRARY = cuda.library() is not None
 
 OPS = (
     "quantize",
@@ -49,6 +50,8 @@ def owners() -> list[tuple[str, str, str]]:
         for key, name in (("CPU", "C++"), ("CUDA", "Triton")):
             has = torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit_accel::{op}", key)
             owner[key] = name if has else "reference"
+        if HAS_CUDA_LIBRARY and op == "lowbit_linear":
+            owner["CUDA"] = f"CUDA C++ on sm_90 (4, 8 bits, no index), else {'Triton' if HAS_TRITON else 'reference'}"
         if owner["CPU"] == "C++":
             owner["CPU"] = f"C++ ({isa()})"
         rows.append((op, owner["CPU"], owner["CUDA"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyvit_accel import backends
+from pyvit_accel import backends, cuda
 from pyvit_accel.calibrate import Reconstruction, synthesize
 from pyvit_accel.convert import Recipe, accelerate
 from pyvit_accel.files import check_writable
@@ -320,7 +320,8 @@ def run_info(args: argparse.Namespace) -> None:
     print(f"pyvit_accel {facts['pyvit_accel']}, torch {facts['torch']}, Python {facts['python']}")
     print(f"cpu: {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, kernels {facts['isa']}")
     print(f"gpu: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}")
-    print(f"triton: {'yes' if backends.HAS_TRITON else 'no'}\n\n{backends.show_backends()}\n")
+    print(f"triton: {'yes' if backends.HAS_TRITON else 'no'}\ncuda library: {cuda.status()}")
+    print(f"\n{backends.show_backends()}\n")
     print(f"recipes: {', '.join(RECIPES)}\narchitectures: {', '.join((DIGITS, *ARCHITECTURES))}")
     if not backends.HAS_CPU_KERNELS:
         note("the CPU kernels were not built: every op runs its slow reference; reinstall with a C++ compiler present")

@@ -22,13 +22,19 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+def has_own(op: str) -> bool:
+    """Whether CUDA C++ kernels of this op are installed."""
+    return op == "lowbit_linear" and backends.HAS_CUDA_LIBRARY
+
+
 def test_show_backends_names_the_owner_of_every_op():
     lines = backends.show_backends().splitlines()
     assert lines[0].split() == ["op", "CPU", "CUDA"]
     assert [line.split()[0] for line in lines[1:]] == list(backends.OPS)
     cpu = rf"C\+\+ \({backends.isa()}\)" if backends.HAS_CPU_KERNELS else "reference"
     for op, line in zip(backends.OPS, lines[1:], strict=True):
-        assert re.fullmatch(rf"{op} +{cpu} +(Triton|reference)", line)
+        own = r"CUDA C\+\+ on sm_90 \(4, 8 bits, no index\), else " if has_own(op) else ""
+        assert re.fullmatch(rf"{op} +{cpu} +{own}(Triton|reference)", line)
 
 
 @needs_cpu_kernels
@@ -87,7 +93,9 @@ def test_importing_needs_neither_extension_nor_triton():
         from pyvit_accel.formats import packed
 
         assert not backends.HAS_CPU_KERNELS and not backends.HAS_TRITON and backends.isa() == "none"
-        assert all(row[1:] == ("reference", "reference") for row in backends.owners())
+        owners = {op: row for op, *row in backends.owners()}
+        assert owners.pop("lowbit_linear")[1].endswith("reference")
+        assert all(row == ["reference", "reference"] for row in owners.values())
 
         torch.manual_seed(0)
         w = torch.randint(-127, 128, (20, 37), dtype=torch.int8)

@@ -18,14 +18,15 @@ BELOW_MODULES = {"formats", "reference", "backends", "ops"}
 BELOW_RECIPES = BELOW_MODULES | {"modules", "adapters", "calibrate", "models", "files", "errors"}
 COMMANDS = {"commands", "demo", "images", "measure", "output"}
 RECIPES = {"recipes", "planning", "mixed_precision", "token_reduction"}
-ANYTHING = BELOW_RECIPES | COMMANDS | RECIPES | {"convert", "serialize", "kernels", "tokens", "sparsity", "_C"}
+ANYTHING = BELOW_RECIPES | COMMANDS | RECIPES | {"convert", "serialize", "kernels", "cuda", "tokens", "sparsity", "_C"}
 LAYERS = {
     "errors": (set(), set()),
     "files": (set(), {"torch", "safetensors"}),
     "formats": (set(), {"torch"}),
     "reference": ({"formats"}, {"torch"}),
-    "backends": ({"formats", "reference", "_C"}, {"torch"}),
-    "ops": ({"formats", "reference", "backends", "kernels", "_C"}, {"torch"}),
+    "cuda": ({"errors"}, {"torch"}),
+    "backends": ({"formats", "reference", "cuda", "_C"}, {"torch"}),
+    "ops": ({"formats", "reference", "backends", "kernels", "cuda", "_C"}, {"torch"}),
     "modules": (BELOW_MODULES | {"calibrate", "errors"}, {"torch"}),
     "adapters": ({"modules", "errors"}, {"torch"}),
     "calibrate": ({"formats", "errors"}, {"torch"}),
@@ -110,11 +111,13 @@ def test_modules_know_no_kernel():
         assert not any(re.match(r"pyvit_accel\.(kernels|_C)\b", name) for name in imports_of(path))
 
 
-def test_csrc_includes_aten_only():
-    allowed = re.compile(r'"[\w./]+"|<ATen/.*>|<torch/library.h>|<\w+>|<(immintrin|emmintrin|arm_neon).h>')
+def test_csrc_includes_aten_or_the_cuda_toolkit_only():
+    ours = re.compile(r'"[\w./]+"|<ATen/.*>|<torch/library.h>|<\w+>|<(immintrin|emmintrin|arm_neon).h>')
+    toolkit = re.compile(r'"[\w./]+"|<cuda(_runtime)?\.h>|<\w+(\.h)?>')
     files = [p for p in (ROOT / "csrc").rglob("*.*") if p.name != "module.cpp"]
     assert files
     for path in files:
+        allowed = toolkit if "cuda" in path.parts else ours
         for include in re.findall(r"^\s*#include\s+(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
             assert allowed.fullmatch(include), f"{path.name} includes {include}"
 
@@ -128,6 +131,8 @@ def test_every_op_has_its_row():
     helpers = {"isa", "isa_avx2", "isa_avx512", "isa_portable", "probe"}
     assert stems("csrc/cpu", "*.cpp") - helpers == rows
     assert stems("kernels", "*.py") <= rows
+    assert stems("pyvit_accel/cuda", "*.py") - {"library"} <= rows
+    assert {re.sub(r"_sm\d+$", "", stem) for stem in stems("csrc/cuda", "*.cu")} - {"library"} <= rows
     assert {f"test_{row}" for row in rows} <= stems("tests", "test_*.py")
 
 

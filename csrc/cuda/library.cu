@@ -66,9 +66,10 @@ int pyvit_accel_abi_version(void) { return PYVIT_ACCEL_ABI; }
 const char* pyvit_accel_error(void) { return error_text; }
 
 const char* pyvit_accel_device_error(void) {
-  int devices = 0;
+  int driver = 0, devices = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver";
   const cudaError_t error = cudaGetDeviceCount(&devices);
-  return error != cudaSuccess ? cudaGetErrorString(error) : devices == 0 ? "no CUDA device" : nullptr;
+  return error != cudaSuccess ? cudaGetErrorString(error) : devices == 0 ? "there is no CUDA device" : nullptr;
 }
 
 int pyvit_accel_launch(const Launch* launch, void* stream) {

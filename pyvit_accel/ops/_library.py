@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from pyvit_accel import backends
+from pyvit_accel import backends, reference
 
 LIBRARY = torch.library.Library("pyvit_accel", "DEF")
 
@@ -87,13 +87,24 @@ def _refuse(op: Callable, keyset: torch._C.DispatchKeySet, *args) -> None:
     op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+def _launcher(name: str, otherwise: Callable) -> Callable:
+    """What runs on CUDA: the CUDA C++ kernels where they are installed and own the call, else the other launcher."""
+    if backends.HAS_CUDA_LIBRARY and name == "lowbit_linear":
+        from pyvit_accel.cuda.lowbit_linear import before
+
+        return before(otherwise)
+    return otherwise
+
+
 def finish() -> None:
     """Register the kernels this install has, after every op is defined."""
     if backends.HAS_TRITON:
         from pyvit_accel import kernels
 
         for name in kernels.__all__:
-            LIBRARY.impl(name, getattr(kernels, name), "CUDA")
+            LIBRARY.impl(name, _launcher(name, getattr(kernels, name)), "CUDA")
+    elif backends.HAS_CUDA_LIBRARY:
+        LIBRARY.impl("lowbit_linear", _launcher("lowbit_linear", reference.lowbit_linear), "CUDA")
     if backends.HAS_CPU_KERNELS:
         from pyvit_accel import _C  # noqa: F401 - importing it registers the CPU kernels, and refuses their backwards
 
