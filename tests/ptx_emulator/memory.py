@@ -49,15 +49,20 @@ class Memory:
         self.exclusive = True  # no two threads write one byte
 
     def allocate(self, name: str, array, mode: str = "read", skew: int = 0) -> int:
+        data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+        address, self.next = self.next + skew, self.next + -(-(len(data) + skew) // 256) * 256 + 65536
+        self.map(name, address, data, mode)
+        return address
+
+    def map(self, name: str, address: int, array: np.ndarray, mode: str = "read") -> None:
+        """An allocation of a copy of the bytes, at an address of the caller's choice: that of a tensor of the host."""
         if mode not in ("read", "write", "update"):
             raise ValueError(f"allocate: mode {mode!r} is not one of read, write, update")
-        data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).copy()
+        data = array.copy()
         if mode == "write":
             data[:] = 0xCD
-        new = Allocation(name, self.next + skew, data, mode, np.full(len(data), self.NOBODY, np.int64))
-        self.allocations.append(new)
-        self.next += -(-(len(data) + skew) // 256) * 256 + 65536
-        return new.address
+        self.allocations.append(Allocation(name, address, data, mode, np.full(len(data), self.NOBODY, np.int64)))
+        self.allocations.sort(key=lambda a: a.address)
 
     def allocation(self, name: str) -> Allocation:
         return next(a for a in self.allocations if a.name == name)
