@@ -10,10 +10,13 @@ PEERS := .venv-peers/bin
 demo: install
 	$(BIN)/pyvit-accel demo
 
+# A process for each core and a thread in each: most tests are too small to share. Those of speed run alone.
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 test: lint
 	$(BIN)/pip install -q -c constraints.txt triton transformers
 	$(BIN)/pip install -q --no-deps -c constraints.txt timm torchvision
-	$(BIN)/pytest -q
+	$(ONE_THREAD) $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal --ignore tests/test_speed.py
+	$(BIN)/pytest -q tests/test_speed.py
 
 bench: install
 	$(BIN)/pytest bench -q -o python_files='bench_*.py' -o python_functions='bench_*' \

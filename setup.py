@@ -191,7 +191,7 @@ setup(
     extras_require={
         "cli": ["tqdm", "matplotlib", "pillow", "scikit-learn"],
         "gpu": ["triton>=3.6"],
-        "test": ["pytest", "pytest-benchmark", "ruff"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["pyvit-accel = pyvit_accel.cli:main"]},
     ext_modules=ext_modules,
