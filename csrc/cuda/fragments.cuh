@@ -76,4 +76,14 @@ HOST_DEVICE void unpack8(const uint32_t (&low)[4], const uint32_t (&high)[4], ui
   }
 }
 
+// Which tile of y a block computes: `group` rows of tiles (of tokens) in turn share a column of them (of weights) in L2.
+struct TileIndex {
+  uint32_t m, n;
+};
+constexpr HOST_DEVICE TileIndex tile_index(uint32_t block, uint32_t group, uint32_t tiles_m, uint32_t tiles_n) {
+  const uint32_t first_m = block / (group * tiles_n) * group, within = block % (group * tiles_n);
+  const uint32_t rows = tiles_m - first_m < group ? tiles_m - first_m : group;
+  return {first_m + within % rows, within / rows};
+}
+
 }  // namespace pyvit_accel

@@ -71,14 +71,6 @@ __device__ __forceinline__ void multiply(int32_t (&sums)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The tile of this block: GROUP_M token tiles, then the next features.
-__device__ __forceinline__ void tile_of_block(int tiles_m, int tiles_n, int* tile_m, int* tile_n) {
-  const int group = blockIdx.x / (GROUP_M * tiles_n), within = blockIdx.x % (GROUP_M * tiles_n);
-  const int group_m = min(tiles_m - group * GROUP_M, GROUP_M);
-  *tile_m = group * GROUP_M + within % group_m;
-  *tile_n = within / group_m;
-}
-
 // What a thread copies of every stage: units of rows of x and of packed tiles. Rows beyond M and tiles beyond N repeat the
 // last, for their sums go nowhere; inputs beyond K are zeros.
 template <class Stage>
@@ -91,13 +83,13 @@ struct Copier {
   const uint8_t* w[W_TURNS];
   int x_at, x_end, w_at, w_end;  // in a row: of this thread in a stage, and of the row
 
-  __device__ __forceinline__ Copier(const LowbitLinear& p, int64_t first_m, int first_tile) {
+  __device__ __forceinline__ Copier(const LowbitLinear& p, int first_m, int first_tile) {
     x_at = threadIdx.x % X_ROW * UNIT, x_end = p.K;
     w_at = threadIdx.x % W_ROW * UNIT, w_end = (p.K + CHUNK - 1) / CHUNK * (Stage::TILE_BYTES * CHUNK / INPUTS);
 #pragma unroll
     for (int i = 0; i < X_TURNS; ++i) {
-      const int64_t row = first_m + (i * THREADS + threadIdx.x) / X_ROW;
-      x[i] = p.x + min(row, static_cast<int64_t>(p.epilogue.M - 1)) * p.x_stride + x_at;
+      const int row = first_m + (i * THREADS + threadIdx.x) / X_ROW;
+      x[i] = p.x + min(row, p.epilogue.M - 1) * p.x_stride + x_at;
     }
 #pragma unroll
     for (int i = 0; i < W_TURNS; ++i) {
@@ -129,10 +121,9 @@ __device__ __forceinline__ void lowbit_linear(const LowbitLinear& p) {
   const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_n = warp / 2 * (FEATURES / 2), warp_m = warp % 2 * (TOKENS / 2);
-  int tile_m, tile_n;
-  tile_of_block((p.epilogue.M + TOKENS - 1) / TOKENS, (p.epilogue.N + FEATURES - 1) / FEATURES, &tile_m, &tile_n);
-  const int64_t first_m = static_cast<int64_t>(tile_m) * TOKENS;
-  const int first_n = tile_n * FEATURES;
+  const TileIndex tile =
+      tile_index(blockIdx.x, GROUP_M, (p.epilogue.M + TOKENS - 1) / TOKENS, (p.epilogue.N + FEATURES - 1) / FEATURES);
+  const int first_m = tile.m * TOKENS, first_n = tile.n * FEATURES;
   const Copier<Stage> copier(p, first_m, first_n / TILE);
   const int steps = (p.K + INPUTS - 1) / INPUTS;
 
@@ -189,7 +180,7 @@ __device__ __forceinline__ void lowbit_linear(const LowbitLinear& p) {
 #pragma unroll 1
   for (int done = 0; done < PAIRS * BLOCKS; done += COUNT) {
     const int n = first_n + warp_n + done / BLOCKS * PAIR + lane_feature(lane);
-    const int m = static_cast<int>(first_m) + warp_m + done % BLOCKS * 8 + lane_token(lane);
+    const int m = first_m + warp_m + done % BLOCKS * 8 + lane_token(lane);
     const Features features = load_features(p.epilogue, n);
     int32_t of[2 * COUNT][4];  // of[token][feature]
 #pragma unroll
