@@ -69,6 +69,13 @@ __device__ __forceinline__ void tma_load(uint32_t to, const void* map, uint64_t*
       : "memory");
 }
 
+// ---- programmatic dependent launch: a launch may begin while the one before it ends ----
+
+// The launches before have ended, and what they wrote is seen.
+__device__ __forceinline__ void await_launches_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next launch may begin where there is room; it awaits the end of this one by itself.
+__device__ __forceinline__ void allow_launch_after() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // ---- setmaxnreg: a warpgroup gives registers back, another takes them ----
 
 template <int REGISTERS>

@@ -214,6 +214,8 @@ __device__ __forceinline__ void lowbit_linear(const HopperParams& p) {
     hopper::fence_mbarrier_init();
   }
   __syncthreads();
+  hopper::allow_launch_after();
+  hopper::await_launches_before();  // nothing above reads or writes global memory
   if (threadIdx.x < 128 * Tile::CONSUMERS) {
     hopper::take_registers<Tile::CONSUMER_REGISTERS>();
     consume<Tile>(p, stages);  // of every copy, so none is under way when the block ends
@@ -234,6 +236,7 @@ void prepare(const LowbitLinear& problem, const LowbitLinearConfig&, int sm_coun
   launch.param_bytes = sizeof(params);
   *reinterpret_cast<HopperParams*>(launch.params) = params;
   launch.cluster = 1;
+  launch.dependent = 1;
   const int64_t tiles = ceil_div(e.M, Tile::TOKENS) * ceil_div(e.N, Tile::FEATURES);
   launch.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, int64_t{Tile::BLOCKS_PER_SM} * sm_count));
 
@@ -280,12 +283,15 @@ KERNELS(DEFINE)
 #undef DEFINE
 
 namespace pyvit_accel {
+namespace {
 
 template <class Tile>
 LowbitLinearConfig describe(const char* name, const void* function) {
   return {name, function, 90, Tile::FEATURES, Tile::TOKENS, Tile::W_BITS, Tile::THREADS, Tile::SHARED_BYTES,
           Tile::BLOCKS_PER_SM, 4096, prepare<Tile>};
 }
+
+}  // namespace
 
 LowbitLinearConfigs lowbit_linear_sm90() {
 #define DESCRIBE(NAME, W_BITS, CONSUMERS, TOKENS) describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)),
