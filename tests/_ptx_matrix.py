@@ -101,6 +101,7 @@ def gather(layout, elements: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return matrix
 
 
+ASCENDING = (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)  # legal metadata
 BITS = {"s8": 8, "u8": 8, "e4m3": 8, "e5m2": 8, "s4": 4, "u4": 4, "f16": 16, "bf16": 16, "tf32": 32}
 
 
@@ -156,3 +157,18 @@ def is_product(got, a, b, c, kind: str, satfinite: bool = False) -> bool:
     value, start = (x.view(np.float16 if kind == "f16" else np.float32).astype(np.float64) for x in (got, c))
     bound = (2.0**-11 if kind == "f16" else 2.0**-24) * (np.abs(a) @ np.abs(b) + np.abs(start))
     return bool((np.abs(value - (a @ b + start)) <= bound).all())
+
+
+def nibble(E: np.ndarray, KW: int, EPW: int, sel: int, row: int, q: int) -> int:
+    """Metadata of chunk q of a row, from the words E (32,) of the lanes; section 1.6 of the 2:4 specification.
+
+    KW: words of a compressed row; EPW: elements a word.
+    """
+    g, hi = row & 7, row >> 3
+    if EPW <= 2 and KW == 8:
+        return int(E[4 * g + 2 * sel + (q >> 2)]) >> (16 * hi + 4 * (q & 3)) & 15
+    if EPW <= 2:
+        return int(E[4 * g + sel]) >> (16 * hi + 4 * q) & 15
+    if KW == 8:
+        return int(E[4 * g + hi + 2 * (q >> 3)]) >> (4 * (q & 7)) & 15
+    return int(E[4 * g + 2 * sel + hi]) >> (4 * q) & 15

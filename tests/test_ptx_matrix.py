@@ -6,6 +6,7 @@ import _ptx_matrix as ptx
 import numpy as np
 import pytest
 import torch
+from _ptx_matrix import ASCENDING
 from ptx_emulator import Fault, NotEmulated, floats8
 
 DENSE = [  # shape, d, a, b
@@ -76,19 +77,7 @@ SPARSE = [
     *[(shape, "f32", "tf32", "tf32", KW, n) for shape, KW, n in (("m16n8k16", 8, 2), ("m16n8k8", 4, 4))],
     ("m16n8k128", "s32", "s4", "u4", 8, 1),
 ]
-ASCENDING, DESCENDING = (0x4, 0x8, 0xC, 0x9, 0xD, 0xE), (0x1, 0x2, 0x3, 0x6, 0x7, 0xB)
-
-
-def nibble(E, KW, EPW, sel, row, q):
-    """Of chunk q of a row, from the words E (32,) of the lanes; section 1.6 of the 2:4 specification."""
-    g, hi = row & 7, row >> 3
-    if EPW <= 2 and KW == 8:
-        return int(E[4 * g + 2 * sel + (q >> 2)]) >> (16 * hi + 4 * (q & 3)) & 15
-    if EPW <= 2:
-        return int(E[4 * g + sel]) >> (16 * hi + 4 * q) & 15
-    if KW == 8:
-        return int(E[4 * g + hi + 2 * (q >> 3)]) >> (4 * (q & 7)) & 15
-    return int(E[4 * g + 2 * sel + hi]) >> (4 * q) & 15
+DESCENDING = (0x1, 0x2, 0x3, 0x6, 0x7, 0xB)
 
 
 def sparse_truth(A, B, E, KW, a, b, sel):
@@ -103,7 +92,7 @@ def sparse_truth(A, B, E, KW, a, b, sel):
     D, bound = np.zeros((16, 8)), np.zeros((16, 8))
     for row in range(16):
         for q in range(KW * EPW // kept):
-            nib = nibble(E, KW, EPW, sel, row, q)
+            nib = ptx.nibble(E, KW, EPW, sel, row, q)
             for j in range(kept):
                 e = kept * q + j
                 x = left[4 * (row & 7) + (e // EPW & 3), 2 * (e // EPW >> 2) + (row >> 3), e % EPW]

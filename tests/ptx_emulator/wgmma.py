@@ -17,6 +17,8 @@ from . import fragments, matrix_math
 from .flight import Flight, flight_of
 from .machine import Group
 from .matrix import Words, parse_product, together
+from .matrix_math import TYPES
+from .memory import BadAccess
 from .parse import Imm, Instruction, Vector
 from .program import Program, handles
 from .report import NotEmulated
@@ -77,7 +79,7 @@ class Operand(NamedTuple):
 
     def units(self) -> tuple[np.ndarray, np.ndarray]:
         """The units along the contiguous direction and the lines across it, as a grid."""
-        per_unit = 4 * matrix_math.TYPES[self.kind].per_word
+        per_unit = 4 * TYPES[self.kind].per_word
         contiguous, across = (self.K, self.lines) if self.k_major else (self.lines, self.K)
         return np.arange(-(-contiguous // per_unit))[None, :], np.arange(across)[:, None]
 
@@ -90,9 +92,14 @@ class Operand(NamedTuple):
         wrong = f"reserved bits 0x{reserved:X} are set" if reserved else wrong
         if wrong:
             group.fault(ins, f"descriptor 0x{bits:016X} of {name}: {wrong}", 0)
-        addresses = descriptor.addresses(unit, line, self.k_major)
+        addresses = descriptor.addresses(unit, line, self.k_major).reshape(-1)
         shared = group.cta.shared
-        data = shared.read(shared.locate(addresses.reshape(-1), 16, f"read of {name} by wgmma"), agent, line=ins.line)
+        try:
+            data = shared.read(shared.locate(addresses, 16, "read"), agent, line=ins.line)
+        except BadAccess as bad:
+            along, across = ("k", "row") if self.k_major else ("row", "k")
+            at = f"{across} {bad.lane // unit.size}, {along} from {bad.lane % unit.size * 4 * TYPES[self.kind].per_word} on"
+            group.fault(ins, f"{name}, {at}: {bad.reason}", 0)
         values = matrix_math.numbers(data.view(np.uint32), self.kind).reshape(line.size, -1)
         return values if self.k_major else values[:, : self.lines].T
 
@@ -139,7 +146,7 @@ def _mma_async(ins: Instruction, program: Program, mods: tuple[str, ...]) -> Cal
     if mods[:2] != ("sync", "aligned"):
         raise NotEmulated(ins.line, ins.text)
     form = parse_product(ins, mods[3:], sparse, True)
-    type_a = matrix_math.TYPES[form.a]
+    type_a = TYPES[form.a]
     shaped = form.M == 64 and form.bits == (512 if sparse else 256) and _legal_columns(form.N, type_a.integer)
     if type_a.family == "4" or not shaped:
         raise NotEmulated(ins.line, ins.text, "the shape")
@@ -176,7 +183,7 @@ def _mma_async(ins: Instruction, program: Program, mods: tuple[str, ...]) -> Cal
         else:
             a = in_a.read(group, ins, _same(group, ins, descriptor_a, "descriptor of A"), agent, "A")
         b = in_b.read(group, ins, _same(group, ins, descriptor_b, "descriptor of B"), agent, "B").T
-        a = a * sign_a if sign_a * sign_b < 0 else a
+        a = a if sign_a == sign_b else -a
         kept = None
         if sparse:
             words = E.read(group).reshape(4, 32)
@@ -196,7 +203,7 @@ def _immediates(ins: Instruction, a: str, rest: list, from_registers: bool) -> t
     if not all(isinstance(operand, Imm) for operand in rest):
         raise NotEmulated(ins.line, ins.text, "literals were expected behind scale-d")
     values = [operand.bits for operand in rest]
-    halves, integer = a in ("f16", "bf16"), matrix_math.TYPES[a].integer
+    halves, integer = a in ("f16", "bf16"), TYPES[a].integer
     transposes = (1 if from_registers else 2) if halves else 0
     legal = (0,) if integer else (0, 2, 2 + transposes)
     signs, turned = values[:2], values[2:]
