@@ -77,9 +77,12 @@ int pyvit_accel_launch(const Launch* launch, void* stream) {
   memcpy(params, launch->params, launch->param_bytes);
   for (uint32_t i = 0; i < launch->num_maps; ++i)
     if (const int error = encode(launch->maps[i], params + launch->maps[i].offset)) return error;
-  if (launch->shared_bytes > 48 * 1024) {  // more has to be asked for
-    const cudaError_t error = cudaFuncSetAttribute(launch->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(launch->shared_bytes));
+  if (launch->shared_bytes > 48 * 1024) {  // more has to be asked for, and room for as many blocks as fit
+    cudaError_t error = cudaFuncSetAttribute(launch->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(launch->shared_bytes));
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(launch->function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return refused(launch->kernel, error);
   }
   cudaLaunchAttribute attributes[2];
