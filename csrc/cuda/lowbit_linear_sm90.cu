@@ -32,24 +32,23 @@ namespace {
 
 constexpr uint32_t GROUP_M = 16;  // token tiles that in turn share a column of weights in L2; 264 blocks: 16 x 16.5
 
-struct Place {
-  int m, n;
+struct Corner {
+  int m, n;  // token, feature
 };
 
-// Where tile `index` of y begins: GROUP_M token tiles, then the next features.
+// The tiles of y.
 template <class Tile>
-__device__ __forceinline__ Place place_of(const Epilogue& e, uint32_t index) {
-  const uint32_t tiles_m = (e.M + Tile::TOKENS - 1) / Tile::TOKENS, tiles_n = (e.N + Tile::FEATURES - 1) / Tile::FEATURES;
-  const uint32_t group = index / (GROUP_M * tiles_n), within = index % (GROUP_M * tiles_n);
-  const uint32_t group_m = min(tiles_m - group * GROUP_M, GROUP_M);
-  return {static_cast<int>((group * GROUP_M + within % group_m) * Tile::TOKENS),
-          static_cast<int>(within / group_m * Tile::FEATURES)};
-}
+struct Tiles {
+  uint32_t m, n;
 
-template <class Tile>
-__device__ __forceinline__ uint32_t tiles_of(const Epilogue& e) {
-  return (e.M + Tile::TOKENS - 1) / Tile::TOKENS * ((e.N + Tile::FEATURES - 1) / Tile::FEATURES);
-}
+  __device__ __forceinline__ explicit Tiles(const Epilogue& e)
+      : m((e.M + Tile::TOKENS - 1) / Tile::TOKENS), n((e.N + Tile::FEATURES - 1) / Tile::FEATURES) {}
+  __device__ __forceinline__ uint32_t count() const { return m * n; }
+  __device__ __forceinline__ Corner corner(uint32_t tile) const {
+    const TileIndex index = tile_index(tile, GROUP_M, m, n);
+    return {static_cast<int>(index.m * Tile::TOKENS), static_cast<int>(index.n * Tile::FEATURES)};
+  }
+};
 
 // The stages in shared memory, and where one is in their round: `parity` is that of its barriers' phase.
 template <class Tile>
@@ -76,14 +75,15 @@ template <class Tile>
 __device__ __forceinline__ void produce(const HopperParams& p, Stages<Tile> at) {
   hopper::prefetch_tensor_map(p.x_map);
   hopper::prefetch_tensor_map(p.w_map);
-  for (uint32_t tile = blockIdx.x; tile < tiles_of<Tile>(p.epilogue); tile += gridDim.x) {
-    const Place place = place_of<Tile>(p.epilogue, tile);
+  const Tiles<Tile> tiles(p.epilogue);
+  for (uint32_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+    const Corner corner = tiles.corner(tile);
     for (int chunk = 0; chunk < p.chunks; chunk += Tile::CHUNKS, at.next()) {
       hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
       uint64_t* const full = at.full + at.stage;
       hopper::mbarrier_arrive_expect(full, Tile::STAGE_BYTES);  // all of it, though some may lie outside the tensors
-      hopper::tma_load(at.x(), p.x_map, full, chunk * CHUNK, place.m);
-      hopper::tma_load(at.w(), p.w_map, full, 0, chunk / Tile::CHUNKS * Tile::PACKED_LINES, place.n / TILE);
+      hopper::tma_load(at.x(), p.x_map, full, chunk * CHUNK, corner.m);
+      hopper::tma_load(at.w(), p.w_map, full, 0, chunk / Tile::CHUNKS * Tile::PACKED_LINES, corner.n / TILE);
     }
   }
 }
@@ -186,11 +186,12 @@ __device__ __forceinline__ void take(const int32_t (&sums)[2][Tile::TOKENS / 2],
 template <class Tile>
 __device__ __forceinline__ void consume(const HopperParams& p, Stages<Tile> at) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (uint32_t tile = blockIdx.x; tile < tiles_of<Tile>(p.epilogue); tile += gridDim.x) {
+  const Tiles<Tile> tiles(p.epilogue);
+  for (uint32_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
     int32_t sums[2][Tile::TOKENS / 2];
     multiply_tile<Tile>(sums, p.chunks, at);
-    const Place place = place_of<Tile>(p.epilogue, tile);
-    const int m = place.m + lane_token(lane), n = place.n + warp * PAIR + lane_feature(lane);
+    const Corner corner = tiles.corner(tile);
+    const int m = corner.m + lane_token(lane), n = corner.n + warp * PAIR + lane_feature(lane);
     const Features features = load_features(p.epilogue, n);
 #pragma unroll 1
     for (int turn = 0; turn < Tile::TURNS; ++turn) {
@@ -198,6 +199,7 @@ __device__ __forceinline__ void consume(const HopperParams& p, Stages<Tile> at) 
       take<Tile>(sums, turn, of);
       finish(p.epilogue, features, m + turn * Tile::AT_ONCE * 8, n, of);
     }
+    __syncwarp();  // lanes beyond M or N were elsewhere; wgmma takes whole warps
   }
 }
 
