@@ -98,8 +98,8 @@ class Operand(NamedTuple):
             data = shared.read(shared.locate(addresses, 16, "read"), agent, line=ins.line)
         except BadAccess as bad:
             along, across = ("k", "row") if self.k_major else ("row", "k")
-            at = f"{across} {bad.lane // unit.size}, {along} from {bad.lane % unit.size * 4 * TYPES[self.kind].per_word} on"
-            group.fault(ins, f"{name}, {at}: {bad.reason}", 0)
+            line, first = bad.lane // unit.size, bad.lane % unit.size * 4 * TYPES[self.kind].per_word
+            group.fault(ins, f"{name}, {across} {line}, {along} from {first} on: {bad.reason}", 0)
         values = matrix_math.numbers(data.view(np.uint32), self.kind).reshape(line.size, -1)
         return values if self.k_major else values[:, : self.lines].T
 
