@@ -11,13 +11,13 @@ def ceilings(rows: list[dict]) -> dict[str, float]:
     """Measured TOP/s by kind, and GB/s of copies: the best of library and probe; without those that were not run."""
     found: dict[str, float] = {}
     for row in rows:
-        if row["status"] != "ok" or row.get("value") is None:
+        if row["status"] == "ok" and row["part"] == "device" and row.get("value"):
+            kind, value = row["item"].removeprefix("matmul "), row["value"]
+        elif row["status"] == "ok" and row.get("ceiling"):
+            kind, value = row["ceiling"], row["tops"]
+        else:
             continue
-        kind = {"copy": "copy"}.get(row["item"]) if row["part"] == "device" else row.get("ceiling")
-        if row["part"] == "device" and row["item"].startswith("matmul "):
-            kind = row["item"].removeprefix("matmul ")
-        if kind:
-            found[kind] = max(found.get(kind, 0.0), row["value"])
+        found[kind] = max(found.get(kind, 0.0), value)
     return found
 
 

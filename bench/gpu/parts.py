@@ -18,6 +18,7 @@ PARTS = (
     Part("device", "the card, its clocks, and the ceilings of copies and matmuls", ("-m", "bench.gpu.device"), 4, 20),
     Part("ops", "every op and backend against the reference", ("-m", "bench.gpu.ops"), 12, 60),
     Part("linear", "low-bit matmuls beside cuBLAS", _benchmark("linear"), 14, 60),
+    Part("probes", "rates of the pipes", ("-m", "bench.gpu.probes"), 6, 15),
     Part("attention", "attention beside SDPA", _benchmark("attention"), 8, 60),
     Part("rows", "norms and gathers beside torch.compile", _benchmark("rows"), 6, 60),
     Part("models", "ViT-B, L and H beside torch.compile in bf16", ("-m", "bench.gpu.models"), 20, 90),
