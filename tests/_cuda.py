@@ -18,7 +18,7 @@ from pyvit_accel import reference
 built = import_module("pyvit_accel.cuda.library")
 launcher = import_module("pyvit_accel.cuda.lowbit_linear")
 SM_COUNT = 2  # of the GPU that is planned for: a persistent grid of a few blocks, so that each takes several tiles
-TARGETS = {80: "sm_80", 90: "sm_90a"}
+TARGETS = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 NAMES = ("x", "x_scale", "w_packed", "w_scale", "bias", "layer_scale", "residual", "out_scale")
 
 

@@ -73,12 +73,13 @@ class Instruction:
     guard: Reg | None
     line: int
     text: str
-    loc: tuple[str, int] | None
+    loc: tuple | None  # (file, line), and where that is inlined
     target: int = -1  # position of a branch
 
     @property
     def source(self) -> str:
-        return f"{self.loc[0]}:{self.loc[1]}" if self.loc else ""
+        """ "file.cu:12", or "file.cuh:3 < file.cu:12" of what is inlined there."""
+        return " < ".join(f"{file}:{line}" for file, line in self.loc or ())
 
 
 @dataclass
@@ -127,7 +128,7 @@ class _Parser:
     def __init__(self, ptx: str, kernel: str | None):
         self.text, self.at, self.kernel = _clean(ptx), 0, kernel
         self.files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]*)"', self.text, re.M))
-        self.loc: tuple[str, int] | None = None
+        self.loc: tuple | None = None
         self.globals: dict[str, Variable] = {}
         self.starts = [0, *(m.end() for m in re.finditer("\n", self.text))]
         self.entry: Entry | None = None
@@ -173,7 +174,8 @@ class _Parser:
     def directive(self, text: str) -> None:
         words = text.split()
         if words[0] == ".loc":
-            self.loc = (self.files.get(words[1], "?"), int(words[2]))
+            places = [words[1:3], *([words[-3:-1]] if "inlined_at" in words else [])]
+            self.loc = tuple((self.files.get(file, "?"), int(line)) for file, line in places)
 
     def variable(self, text: str, where: dict) -> None:
         """.shared .align 16 .b8 name[128] (= {1, 2}): one, or several without values."""

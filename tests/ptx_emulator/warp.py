@@ -14,48 +14,48 @@ def warp_sync(ins, program):
     mask = program.reader(ins.operands[0], "u32", ins)
 
     def step(g):
-        wait = rendezvous(g, ins, mask(g))
-        if wait is None:
-            g.cta.clocks.epoch[g.warp_ids] += 1
+        here, wait = rendezvous(g, ins, mask(g))
+        if here is not None:
+            g.cta.clocks.epoch[here.warp_ids] += 1
         return wait
 
     return step
 
 
 def rendezvous(g, ins, mask):
-    """None when every group of lanes that `mask` names is here; else a Wait until the missing ones are."""
+    """(group, Wait): the threads of warps of which every lane that `mask` names is here, and a Wait of the others.
+
+    Either is None when there are no such threads.
+    """
     mask = np.broadcast_to(np.asarray(mask, np.uint32), (len(g.threads),))
-    warps, lanes = g.threads // 32, g.threads % 32
-    if not (mask >> lanes.astype(np.uint32) & 1).all():
-        lane = int((~(mask >> lanes.astype(np.uint32) & 1).astype(bool)).argmax())
+    warps, lanes = g.threads // 32, (g.threads % 32).astype(np.uint32)
+    own = mask >> lanes & np.uint32(1)
+    if not own.all():
+        lane = int((own == 0).argmax())
         raise BadAccess(lane, f"the mask 0x{int(mask[lane]):08x} does not name the thread's own lane {lanes[lane]}")
     cta = g.cta
-    last = cta.machine.threads
-    missing = []
+    missing, late = {}, np.zeros(len(g.threads), bool)
     for warp in np.unique(warps):
         mine = warps == warp
         here = int((np.uint64(1) << lanes[mine].astype(np.uint64)).sum())
-        exists = (1 << min(32, last - warp * 32)) - 1
-        wanted = int(np.bitwise_or.reduce(mask[mine])) & exists
-        if wanted & ~here:
-            missing.append((warp, wanted & ~here, g.threads[mine]))
+        exists = (1 << min(32, cta.machine.threads - warp * 32)) - 1
+        lacking = int(np.bitwise_or.reduce(mask[mine])) & exists & ~here
+        if lacking:
+            missing[int(warp)] = lacking
+            late |= mine
     if not missing:
-        return None
-    threads = np.concatenate([t for _, _, t in missing])
-    if len(threads) != len(g.threads):
-        raise NotEmulated(ins.line, ins.text, "one warp is whole and another is not")
+        return g, None
     position = cta.position_now
-    lanes_of = [(warp * 32 + np.flatnonzero([m >> i & 1 for i in range(32)])) for warp, m, _ in missing]
-    others = np.concatenate(lanes_of)
+    others = [warp * 32 + lane for warp, lacking in missing.items() for lane in range(32) if lacking >> lane & 1]
 
     def ready():
-        return bool((cta.position_of[others] == position).all() and (cta.state[others] != 2).all())
+        return bool((cta.position_of[others] == position).any())
 
     def why():
-        warp, mask, _ = missing[0]
-        return f"{ins.opcode} waits for lanes 0x{mask:08x} of warp {warp}"
+        warp, lacking = next(iter(missing.items()))
+        return f"{ins.opcode} waits for lanes 0x{lacking:08x} of warp {warp}"
 
-    return Wait(threads, ready, why, advance=False)
+    return g.among(~late), Wait(g.threads[late], ready, why, advance=False)
 
 
 @handles("shfl")
@@ -66,10 +66,7 @@ def shfl(ins, program):
     write, found = program.writer(first, "b32", ins), program.writer(second, "pred", ins)
     value, amount, clamp, mask = (program.reader(o, "u32", ins) for o in ins.operands[1:5])
 
-    def step(g):
-        wait = rendezvous(g, ins, mask(g))
-        if wait is not None:
-            return wait
+    def shuffle(g):
         n = len(g.threads)
         lane = (g.threads % 32).astype(np.int64)
         b, c = (np.broadcast_to(np.asarray(v(g)).astype(np.int64), (n,)) & 31 for v in (amount, clamp))
@@ -86,7 +83,12 @@ def shfl(ins, program):
             raise BadAccess(int((~here[at]).argmax()), f"reads lane {source[(~here[at]).argmax()]}, which is not here")
         write(g, values[at])
         found(g, valid)
-        return None
+
+    def step(g):
+        here, wait = rendezvous(g, ins, mask(g))
+        if here is not None:
+            shuffle(here)
+        return wait
 
     return step
 
@@ -96,12 +98,10 @@ def _collective(ins, program, mask_operand, f):
     mask = program.reader(mask_operand, "u32", ins)
 
     def step(g):
-        wait = rendezvous(g, ins, mask(g))
-        if wait is not None:
-            return wait
-        for warp in np.unique(g.threads // 32):
-            f(g.among(g.threads // 32 == warp))
-        return None
+        here, wait = rendezvous(g, ins, mask(g))
+        for warp in () if here is None else np.unique(here.threads // 32):
+            f(here.among(here.threads // 32 == warp))
+        return wait
 
     return step
 
