@@ -16,17 +16,17 @@ constexpr int32_t MAGIC_BITS = 0x4B400000;
 HOST_DEVICE int32_t bits_of(float x) { return __builtin_bit_cast(int32_t, x); }
 HOST_DEVICE float float_of(int32_t bits) { return __builtin_bit_cast(float, bits); }
 
-// a / b to the nearest float32, half to even, for 2^-20 <= a <= 2^20 and 2^-100 <= b <= 2^101. r: 1 / b within an ulp.
-// What div.rn.f32 does, without its slow path, which would be a call: in these ranges nothing over- or underflows.
+// a / b to the nearest float32, half to even, for 2^-20 <= a <= 2^20 and 2^-100 <= b <= 2^101. r: 1 / b within an ulp, and
+// the nearest where the mantissa of b is all ones. The fast path of div.rn.f32, operation by operation, so its results; the
+// other, a call, is for what over- or underflows, and here nothing does.
 HOST_DEVICE float divide(float a, float b, float r) {
   r = fmaf(fmaf(-b, r, 1.0f), r, r);
-  float q = a * r;
-  q = fmaf(fmaf(-b, q, a), r, q);
+  const float q = a * r;
   return fmaf(fmaf(-b, q, a), r, q);
 }
 
 #ifdef __CUDACC__
-__device__ __forceinline__ float reciprocal(float b) {  // within an ulp; one instruction
+__device__ __forceinline__ float reciprocal(float b) {  // as divide() needs it; one instruction
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
   return r;

@@ -1,0 +1,422 @@
+"""The CUDA library without a GPU: what was built, what is said when it was not, every plan, and the maps and scalar
+functions that its kernels share with the host."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from ctypes import c_float, c_int64, c_uint32
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _cuda import built, launcher
+
+from pyvit_accel import cuda
+from pyvit_accel.formats import affine
+from pyvit_accel.formats.packed import pack, packed_shape
+from pyvit_accel.reference import scalar
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of a block
+SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB; of which every block takes one more
+REGISTERS = 65536  # of an SM
+needs_library = pytest.mark.skipif(built.library() is None, reason=f"the CUDA library is {built.status()}")
+
+
+# What was built.
+
+
+@needs_library
+def test_exports_are_those_of_the_headers():
+    headers = [p.read_text() for p in Path(__file__).parents[1].joinpath("csrc", "cuda").glob("*.h")]
+    declared = {name for text in headers for name in re.findall(r"^EXPORT .*?(pyvit_accel_\w+)\(", text, re.M)}
+    assert {"pyvit_accel_abi_version", "pyvit_accel_launch", "pyvit_accel_lowbit_linear_plan"} <= declared
+    assert all(hasattr(built.library(), name) for name in declared)
+    if shutil.which("nm"):
+        listed = subprocess.run(["nm", "-D", "--defined-only", built.PATH], capture_output=True, text=True, check=True)
+        assert {line.split()[-1] for line in listed.stdout.splitlines()} == declared
+
+
+@needs_library
+def test_needs_neither_torch_nor_a_driver():
+    if not shutil.which("readelf"):
+        pytest.skip("readelf is not installed")
+    listed = subprocess.run(["readelf", "-d", built.PATH], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(\w+)", listed))
+    assert "libc" in needed and not {n for n in needed if re.match("libtorch|libc10|libcuda", n)}
+
+
+@needs_library
+def test_carries_every_architecture_with_its_ptx():
+    triton = pytest.importorskip("triton", reason="triton, whose wheel has the disassembler, is not installed")
+    for listing, kind in (("--list-elf", "cubin"), ("--list-ptx", "ptx")):
+        command = [triton.knobs.nvidia.cuobjdump.path, listing, str(built.PATH)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert set(re.findall(rf"\.(sm_\w+)\.{kind}", listed)) >= {"sm_80", "sm_89", "sm_90a", "sm_100a"}, listing
+
+
+def test_structures_are_those_of_the_headers(host):
+    ours = {s.__name__: s for s in (built.TensorMap, built.Launch, launcher.Epilogue, launcher.LowbitLinear)}
+    assert len(ours) == len(host.layouts().splitlines()) - 1
+    for line in host.layouts().decode().splitlines()[1:]:
+        head, *fields = line.split(",")
+        name, size = head.split()
+        assert ctypes.sizeof(ours[name]) == int(size), name
+        named = [f for f, *_ in ours[name]._fields_ if not f.startswith("_")]
+        assert named == [f.split()[0] for f in fields]
+        for field in fields:
+            f, offset, size = field.split()
+            assert (getattr(ours[name], f).offset, getattr(ours[name], f).size) == (int(offset), int(size)), f
+
+
+# What is said when it was not built, or not for this version.
+
+
+@pytest.fixture
+def anew():
+    """The library is looked for again, and once more afterwards."""
+    built._load.cache_clear()
+    yield
+    built._load.cache_clear()
+
+
+def test_absent(monkeypatch, tmp_path, anew):
+    monkeypatch.setattr(built, "PATH", tmp_path / "none.so")
+    assert cuda.library() is None
+    assert cuda.status() == "not built; python setup.py build_cuda builds it, with nvcc"
+
+
+@needs_library
+def test_of_another_version(monkeypatch):
+    monkeypatch.setattr(built, "ABI", built.ABI + 1)
+    assert cuda.library() is None
+    told = rf"built for ABI version {built.ABI - 1}, this is {built.ABI}; .* builds it, .* anew"
+    assert re.fullmatch(told, cuda.status())
+
+
+@needs_library
+def test_abi_version_is_that_of_the_header():
+    header = Path(__file__).parents[1] / "csrc" / "cuda" / "launch.h"
+    assert f"#define PYVIT_ACCEL_ABI {built.ABI} " in header.read_text()
+    assert built.library().pyvit_accel_abi_version() == built.ABI
+
+
+@needs_library
+def test_broken_is_an_error(monkeypatch, tmp_path, anew):
+    """Absence is fine, breakage is not."""
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    monkeypatch.setattr(built, "PATH", tmp_path / "broken.so")
+    with pytest.raises(OSError, match=r"broken\.so"):
+        cuda.library()
+
+
+@needs_library
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_driver():
+    """It loads, says why it cannot launch, and a launch is an error, not an abort."""
+    assert cuda.status().startswith("yes, but nothing to run it on: ")
+    assert cuda.device_error()
+    launch = launcher.plan(problem(3, 16, 32), 80, 108)
+    with pytest.raises(RuntimeError, match=r"^lowbit_linear_sm80_w8_64x32: .+ \(cudaError\w+\)$"):
+        built.check(built.library().pyvit_accel_launch(ctypes.byref(launch), None))
+
+
+# Plans.
+
+
+def problem(M=4, N=16, K=32, w_bits=8, **changes):
+    """A valid problem at addresses that nobody reads, changed."""
+    at = iter(range(1 << 20, 1 << 30, 1 << 20))
+    columns = -(-K // 16) * 16
+    of = launcher.LowbitLinear(
+        next(at), columns, K, w_bits,
+        launcher.Epilogue(
+            x_scale=next(at), w_scale=next(at), y=next(at), w_packed=next(at), M=M, N=N, out_bits=8,
+            w_stride=packed_shape(N, K, w_bits)[1],
+        ),
+    )  # fmt: skip
+    return changed(of, **changes)
+
+
+def changed(of, **changes):
+    for name, value in changes.items():
+        setattr(of if hasattr(of, name) else of.epilogue, name, value)
+    return of
+
+
+WRONG = {
+    "M=0, N=16, K=32; use 1 or more, and K up to 131071": {"M": 0},
+    "M=4, N=0, K=32; use 1 or more": {"N": 0},
+    "M=4, N=16, K=131072; use 1 or more, and K up to 131071": {"K": 131072},
+    "w_bits=5; these kernels have 4 and 8": {"w_bits": 5},
+    "w_scale is null": {"w_scale": None},
+    "y is null": {"y": None},
+    "x at 0x100008 with rows 32 bytes apart; use multiples of 16, at least 32 apart": {"x": (1 << 20) + 8},
+    "x at 0x100000 with rows 16 bytes apart; use multiples of 16, at least 32 apart": {"x_stride": 16},
+    "x at 0x100000 with rows 40 bytes apart": {"x_stride": 40},
+    "with rows of 320 bytes; K=32 codes of 8 bits are 576, at a multiple of 16": {"w_stride": 320},
+    "w_packed at 0x500004 with rows of 576 bytes": {"w_packed": 0x500004},
+    "out_bits=9; codes have 2 to 8 bits": {"out_bits": 9, "out_scale": 1 << 30},
+    "activation=4; it is 0 none, 1 gelu, 2 gelu_tanh or 3 quick_gelu": {"activation": 4},
+    "M=2147483647, N=16 are more tiles of 64 x 32 than a grid has blocks; split M": {"M": 2**31 - 1},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("text", WRONG)
+def test_what_cannot_be_computed(text):
+    with pytest.raises(ValueError, match="^lowbit_linear: .*" + re.escape(text)):
+        launcher.plan(changed(problem(), **WRONG[text]), 80, 108, "lowbit_linear_sm80_w8_64x32")
+
+
+@needs_library
+def test_what_cannot_be_chosen():
+    for capability, sm_count in ((75, 40), (80, 0)):
+        got = f"{capability // 10}.{capability % 10} with {sm_count} SMs"
+        with pytest.raises(ValueError, match=f"capability {got}; the kernels need 8.0 or newer, and an SM"):
+            launcher.plan(problem(), capability, sm_count)
+    with pytest.raises(ValueError, match="there is no kernel 'fast'; use one of lowbit_linear_sm80_w8_128x128, "):
+        launcher.plan(problem(), 80, 108, "fast")
+    with pytest.raises(ValueError, match="w8_64x32 is for 8-bit weights on capability 80 or newer; got 4 bits on 80"):
+        launcher.plan(problem(w_bits=4), 80, 108, "lowbit_linear_sm80_w8_64x32")
+    for name in launcher.configs():
+        if "_sm90_w8_" in name:
+            with pytest.raises(ValueError, match=f"{name} is for 8-bit weights on capability 90; got 8 bits on 100"):
+                launcher.plan(problem(), 100, 148, name)
+
+
+def of_name(config):
+    """Bits, features and tokens of a block."""
+    return tuple(int(n) for n in re.fullmatch(r"lowbit_linear_sm(?:80|90)_w(\d)_(\d+)x(\d+)", config).groups())
+
+
+SHAPES = [(1, 1, 1), (1, 768, 768), (197, 768, 3072), (1576, 2304, 768), (12608, 3072, 768), (577, 1000, 1000)]
+
+
+@needs_library
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_plan_can_be_launched(capability):
+    """Of every kernel and shape, for GPUs of 1 to 148 multiprocessors; the problem is in the parameters as it came."""
+    for config in (c for c in launcher.configs() if capability == 90 or "_sm80_" in c):
+        w_bits, features, tokens = of_name(config)
+        for M, N, K in SHAPES:
+            for sm_count in (1, 20, 108, 132, 148):
+                launch = launcher.plan(problem(M, N, K, w_bits), capability, sm_count, config)
+                tiles = -(-M // tokens) * -(-N // features)
+                assert launch.kernel.decode() == config and launch.function
+                assert 1 <= launch.grid <= tiles and launch.grid % launch.cluster == 0
+                assert launch.grid == tiles or launch.grid >= sm_count, "a persistent grid fills the GPU"
+                assert launch.block % 32 == 0 and 32 <= launch.block <= 1024
+                assert launch.shared_bytes <= SHARED_LIMIT[capability] * 1024
+                assert launch.param_bytes <= 1024 and launch.num_maps <= 4
+                for m in launch.maps[: launch.num_maps]:
+                    check_map(m, launch)
+
+
+def check_map(m, launch):
+    """What cuTensorMapEncodeTiled asks of a map."""
+    assert 1 <= m.rank <= 5 and m.base % 16 == 0
+    assert m.offset % 64 == 0 and m.offset + 128 <= launch.param_bytes
+    assert all(1 <= d <= 2**32 for d in m.dims[: m.rank])
+    assert all(1 <= b <= 256 for b in m.box[: m.rank])
+    assert all(s % 16 == 0 and s < 2**40 for s in m.strides[: m.rank - 1])
+    inner = m.box[0] * m.element_bytes
+    assert inner % 16 == 0 and (m.swizzle == 0 or inner <= {1: 128, 2: 64, 3: 32}[m.swizzle])
+
+
+@needs_library
+def test_two_blocks_fit_a_multiprocessor():
+    """The large tile of an sm_80 kernel, of every architecture it runs on."""
+    for capability in CAPABILITIES:
+        launch = launcher.plan(problem(12608, 768, 768), capability, 108, "lowbit_linear_sm80_w8_128x128")
+        assert 2 * (launch.shared_bytes + 1024) <= SHARED_OF_SM[capability] * 1024
+
+
+@needs_library
+@pytest.mark.parametrize("w_bits", [4, 8])
+def test_the_choice(w_bits):
+    """The kernels of Hopper on Hopper, small tiles for few tokens, large ones for many."""
+    for capability, sm_count in ((80, 108), (89, 142), (90, 132), (100, 148)):
+        few = launcher.plan(problem(1, 768, 768, w_bits), capability, sm_count).kernel.decode()
+        many = launcher.plan(problem(50432, 3072, 768, w_bits), capability, sm_count).kernel.decode()
+        assert f"_sm{90 if capability == 90 else 80}_w{w_bits}_" in few and few.split("_")[:4] == many.split("_")[:4]
+        _, features, tokens = of_name(few)
+        _, most_features, most_tokens = of_name(many)
+        assert tokens <= 32 and most_tokens >= 128 and most_features >= features
+    launch = launcher.plan(problem(50432, 3072, 768, w_bits), 80, 108)
+    assert launch.kernel.decode().endswith("_128x128") and launch.grid == 394 * 24
+
+
+@needs_library
+def test_vectors_where_everything_allows_it():
+    """Four features at a time when N, the residual's rows and all addresses are multiples of four, or of 16 bytes."""
+
+    def vectors(N, **changes):
+        launch = launcher.plan(problem(4, N, 32, **changes), 80, 108)
+        return launcher.LowbitLinear.from_buffer(launch.params).epilogue.vectors
+
+    assert vectors(20)
+    assert not vectors(18)
+    for name in ("w_scale", "bias", "layer_scale", "residual", "y"):
+        assert vectors(20, **{name: 16}) and not vectors(20, **{name: 24})
+    assert vectors(20, residual=16, residual_stride=24) and not vectors(20, residual=16, residual_stride=21)
+    assert vectors(20, out_scale=24) and vectors(20, out_scale=24, y=20) and not vectors(20, out_scale=24, y=18)
+    assert not vectors(20, out_scale=24, out_scale_per_column=True)
+
+
+@needs_library
+def test_arguments_are_made_fit():
+    """x of any stride, address and K is padded with zeros, vectors become contiguous; what fits is not copied."""
+    x, w = torch.ones(3, 40, dtype=torch.int8)[:, 1:38], pack(torch.ones(20, 37, dtype=torch.int8))
+    scales = torch.ones(20, 2)[:, 0]
+    fit = launcher.arguments(x, scales[:1], w, scales, scales, 0, "gelu", None, torch.ones(20, 3).T, None, 0, 8)
+    padded, _, w_packed, w_scale, bias, *_, residual, _, _, _, K = fit
+    assert padded.shape == (3, 48) and K == 37 and torch.equal(padded[:, :37], x) and not padded[:, 37:].any()
+    assert w_packed is w and w_scale.is_contiguous() and bias.is_contiguous() and residual.stride(1) == 1
+    x = torch.ones(3, 64, dtype=torch.int8)[:, :48]
+    again = launcher.arguments(x, w_scale[:1], w, w_scale, bias, 0, "none", None, None, None, 0, 8)
+    assert again[0] is x and again[3] is w_scale and again[4] is bias
+    of = launcher.problem(torch.empty(3, 20), *fit)
+    assert (of.x_stride, of.K, of.w_bits) == (48, 37, 8)
+    assert (of.epilogue.M, of.epilogue.N, of.epilogue.activation, of.epilogue.residual_stride) == (3, 20, 1, 20)
+
+
+def test_index_is_refused():
+    with pytest.raises(ValueError, match="these kernels take no index; select the rows of x first"):
+        launcher.lowbit_linear(*[None] * 12, index=torch.zeros(3, dtype=torch.int32))
+
+
+def test_the_owner_on_a_gpu(monkeypatch):
+    """CUDA C++ on capability 9.0, for 4- and 8-bit weights and without an index; else the other launcher."""
+    x, ran = torch.ones(2, 32, dtype=torch.int8), []
+    monkeypatch.setattr(launcher, "lowbit_linear", lambda *args: ran.append("CUDA C++"))
+    launch = launcher.before(lambda *args: ran.append("Triton"))
+    cases = [(90, 8, None, "CUDA C++"), (90, 4, None, "CUDA C++"), (90, 5, None, "Triton"), (90, 2, None, "Triton")]
+    cases += [(90, 8, torch.zeros(1), "Triton"), (80, 8, None, "Triton"), (100, 4, None, "Triton")]
+    for capability, bits, index, owner in cases:
+        monkeypatch.setattr(launcher, "_device", lambda _, capability=capability: (capability, 132))
+        launch(x, None, torch.empty(packed_shape(16, 32, bits)), *[None] * 9, index)
+        assert ran.pop() == owner, (capability, bits)
+
+
+# What the kernels share with the host.
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    path = tmp_path_factory.mktemp("host") / "cuda_host.so"
+    source = Path(__file__).with_name("cuda_host.cpp")
+    flags = ("-O2", "-march=native", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror")
+    subprocess.run(["g++", *flags, str(source), "-o", str(path)], check=True)
+    loaded = ctypes.CDLL(str(path))
+    loaded.layouts.restype = ctypes.c_char_p
+    loaded.wrong_divisions.argtypes, loaded.wrong_divisions.restype = (c_float, c_float), c_int64
+    loaded.wrong_quotients.restype = c_int64
+    return loaded
+
+
+def floats(t):
+    return ctypes.c_void_p(t.data_ptr()), c_int64(t.numel())
+
+
+@pytest.fixture(params=[-1, 0, 1], ids=lambda ulp: f"reciprocal{ulp:+d}ulp")
+def reciprocal(request, host):
+    """The approximate reciprocal errs as much as the instruction may."""
+    host.set_reciprocal_error(request.param)
+    yield host
+    host.set_reciprocal_error(0)
+
+
+def test_division_is_exactly_rounded(reciprocal):
+    """Every mantissa of b for a = 1, which the sigmoid and the scales divide; and random ones of the whole range."""
+    for first in (1.0, 2.0**-100, 2.0**100):  # floats from a power of two to the next
+        assert reciprocal.wrong_divisions(1.0, first) == 0
+    n = 2**21
+    a = torch.ldexp(1 + torch.rand(n), torch.randint(-20, 20, (n,)))
+    b = torch.ldexp(1 + torch.rand(n), torch.randint(-100, 101, (n,)))
+    assert reciprocal.wrong_quotients(floats(a)[0], *floats(b)) == 0
+
+
+def test_scalar_functions_are_the_references(reciprocal):
+    x = torch.cat([torch.linspace(-9, 9, 2**18), torch.randn(2**16) * 100, torch.tensor([0.0, -0.0, 5.5, -5.5, 1e-30])])
+    for name in ("exp2", "gelu", "gelu_tanh", "quick_gelu"):
+        of = x.clamp(-100, 100) if name == "exp2" else x
+        y = torch.empty_like(of)
+        reciprocal.apply(name.encode(), floats(of)[0], *floats(y))
+        assert torch.equal(y.view(torch.int32), getattr(scalar, name)(of).view(torch.int32)), name
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_are_the_references(host, bits):
+    """Ties and ends included: multiples of half a step, and what is far outside."""
+    far = torch.tensor([3e38, -3e38, 1e9, -0.0])
+    y = torch.cat([torch.arange(-1200, 1200) * 0.125, torch.randn(4096) * 2**bits, far])
+    for zero_point in (0, -3, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))):
+        for scale in (0.25, 1.0, 0.37):
+            q = torch.empty(y.shape, dtype=torch.int8)
+            inv_scale = c_float((1 / torch.tensor(scale)).item())
+            host.to_codes(floats(y)[0], inv_scale, zero_point, bits, *floats(q))
+            assert torch.equal(q, affine.quantize(y[None], torch.tensor([scale]), zero_point, bits)[0])
+
+
+def distinct_banks(host, offsets):
+    """Whether eight 16-byte accesses, swizzled, meet in no bank."""
+    return len({host.swizzle(c_uint32(at)) // 16 % 8 for at in offsets}) == 8
+
+
+def test_swizzle(host):
+    """TMA's: a permutation of the units of each 1024 bytes, by the line; without conflicts where the kernels read."""
+    units = np.array([host.swizzle(c_uint32(at)) for at in range(0, 4096, 16)]) // 16
+    assert sorted(units) == list(range(256))
+    for u, at in enumerate(units):
+        assert at // 8 == u // 8 and at % 8 == (u % 8) ^ (u // 8 % 8)
+    assert host.swizzle(c_uint32(1027)) == 1027 and host.swizzle(c_uint32(128 + 5)) == 128 + 16 + 5
+    for row in (64, 128):  # ldmatrix: eight tokens, the same unit of each
+        for first in range(0, 64 * row, 8 * row):
+            for unit in range(0, row, 16):
+                assert distinct_banks(host, [first + i * row + unit for i in range(8)])
+    for tile_bytes in (512, 1024, 2048):  # weights: eight lanes in turn
+        for first in range(0, tile_bytes, 256):
+            for lanes in np.arange(32).reshape(4, 8):
+                assert distinct_banks(host, [first + host.weight_at(int(lane), tile_bytes) for lane in lanes])
+
+
+@pytest.mark.parametrize("w_bits", [4, 8])
+def test_fragments(host, w_bits):
+    """Register r of a lane: row g + 8 (r & 1), inputs 4t + 16 (r >> 1) .. + 3; rows are its four features, in order."""
+    q = torch.randint(-(2 ** (w_bits - 1)), 2 ** (w_bits - 1), (32, 32), dtype=torch.int8)
+    words = pack(q, w_bits)[:, 64:].contiguous()
+    held, features, tokens = [], [], []
+    for lane in range(32):
+        g, t, first = lane // 4, lane % 4, host.feature_of(lane)
+        features.append(first)
+        tokens.append(host.token_of(lane))
+        a = np.zeros((2, 4, 4), np.int8)
+        host.registers_of(w_bits, *floats(words)[:1], c_uint32(words.shape[1]), lane, a.ctypes.data_as(ctypes.c_void_p))
+        for tile in range(2):
+            for r in range(4):
+                feature, inputs = first + 2 * tile + (r & 1), 4 * t + 16 * (r >> 1)
+                held += [(tile, g + 8 * (r & 1), feature)]
+                expected = q[feature, inputs : inputs + 4].numpy() << (8 - w_bits)
+                assert (a[tile, r] == expected).all(), (lane, tile, r)
+    assert sorted(set(features)) == list(range(0, 32, 4)) and sorted(set(tokens)) == [0, 2, 4, 6]
+    rows = {(tile, row): feature for tile, row, feature in held}
+    assert len(rows) == 32 == len(set(rows.values())) and len(set(held)) == 32, "every row is one feature"
+
+
+def test_every_tile_is_computed_once(host):
+    at = (c_uint32 * 2)()
+    for tiles_m, tiles_n, group in ((1, 1, 8), (7, 3, 8), (8, 5, 8), (9, 4, 8), (99, 24, 8), (33, 7, 16)):
+        seen = set()
+        for block in range(tiles_m * tiles_n):
+            host.tile_at(c_uint32(block), c_uint32(group), c_uint32(tiles_m), c_uint32(tiles_n), at)
+            seen.add((at[0], at[1]))
+        assert seen == {(m, n) for m in range(tiles_m) for n in range(tiles_n)}
+    host.tile_at(*(c_uint32(n) for n in (3, 8, 99, 24)), at)
+    assert tuple(at) == (3, 0), "rows of tiles first: they share the weights"
