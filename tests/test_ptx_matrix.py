@@ -168,6 +168,16 @@ def test_illegal_metadata_is_found(bad, ordered):
     assert fault.value.thread == 13
 
 
+@pytest.mark.parametrize("bad", [n for n in range(16) if n not in (0x4, 0xE)])
+def test_illegal_metadata_of_tf32_is_found(bad):
+    """Pair 6 of row 3 of 16 x 16: lane 4 * 3 + 1, bits 8 to 11."""
+    rng = np.random.default_rng(0)
+    A, B, E = sparse_operands(rng, 8, "tf32", "tf32", (0x4, 0xE))
+    E[13] = E[13] & ~np.uint32(15 << 8) | np.uint32(bad << 8)
+    with pytest.raises(Fault, match=rf"metadata 0x{bad:X}, chunk 6 of row 3, in lane 13 at bit 8"):
+        sparse("m16n8k16", "f32", "tf32", "tf32", 8, 0, bad % 2 == 0, A, B, E, np.zeros((32, 4), np.uint32))
+
+
 def test_metadata_of_lanes_the_selector_skips_is_not_looked_at():
     rng = np.random.default_rng(0)
     A, B, E = sparse_operands(rng, 8, "f16", "f16", ASCENDING)

@@ -11,6 +11,8 @@ from test_ptx_matrix_wgmma import from_d, small
 FENCE, COMMIT = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;"
 D, OTHER = "{%i0,%i1,%i2,%i3}", "{%i8,%i9,%i10,%i11}"
 A = "{%i4,%i5,%i6,%i7}"
+N16 = "{%i0,%i1,%i2,%i3,%i8,%i9,%i10,%i11}"
+SPARSE = "wgmma.mma_async.sp.sync.aligned.m64n8k64.s32.s8.s8 {%i0,%i1,%i2,%i3}, %d10, %d11, %x11, 0, %p1;"
 
 
 def wait(left):
@@ -66,6 +68,14 @@ RIGHT = {  # how many times the product is summed, and the lines
         [FENCE, product(OTHER, A), product(OTHER, A), COMMIT, "add.u32 %x9, %i4, 1;", wait(0)],
     ),
     "a new value behind a mov of an operand": (0, [FENCE, product(OTHER, A), COMMIT, "mov.b32 %i4, %x1;", wait(0)]),
+    "what a mov gave a new value is no operand": (
+        0,
+        [FENCE, product(OTHER, A), COMMIT, "mov.b32 %i4, %x1;", "add.u32 %i4, %i4, 1;", wait(0)],
+    ),
+    "another shape behind a wait and a fence": (
+        2,
+        [FENCE, product(), COMMIT, wait(0), FENCE, product(N16).replace("n8k", "n16k"), COMMIT, wait(0)],
+    ),
     "shared memory overwritten behind the wait": (
         1,
         [FENCE, product(), COMMIT, wait(0), "bar.sync 0;", "st.shared.u32 [%x3+1024], %x1;"],
@@ -80,7 +90,6 @@ def test_what_is_right(name):
     assert np.array_equal(got, times * once)
 
 
-N16 = "{%i0,%i1,%i2,%i3,%i8,%i9,%i10,%i11}"
 BUGS = {  # what is said, the lines
     "read before the wait": (
         "read of the result of wgmma at PTX line",
@@ -105,6 +114,10 @@ BUGS = {  # what is said, the lines
     "operand loaded before the wait": (
         "write over an operand",
         [FENCE, product(D, A), COMMIT, "ld.shared.u32 %i7, [%x0+1024];"],
+    ),
+    "metadata overwritten before the wait": (
+        "write over an operand of wgmma",
+        ["mov.u32 %x11, 0x44444444;", FENCE, SPARSE, COMMIT, "add.u32 %x11, %x1, 1;"],
     ),
     "no fence at all": ("no wgmma.fence before the first wgmma", [product()]),
     "no fence after a write": (

@@ -223,6 +223,13 @@ def test_ill_formed_descriptors(a, b, reason):
         issue("m64n8k32.s32.s8.s8", np.zeros((128, 4)), 4, image, a or desc_a, b or desc_b)
 
 
+def test_rows_along_memory_that_leave_the_swizzle():
+    image, desc_a, _, _, _ = small()
+    b = descriptor(1024 + 112, 0, 1024, 128)
+    with pytest.raises(Fault, match="of B: 32 bytes from byte 112 of a row on leave the 128 bytes"):
+        issue("m64n16k16.f32.f16.f16", np.zeros((128, 8)), 8, image, desc_a, b, ", 1, 1, 0, 1")
+
+
 D4 = "{%o0,%o1,%o2,%o3}"
 UNKNOWN = [
     f"wgmma.mma_async.sync.aligned.m64n40k32.s32.s8.s8 {D4}, %d1, %d1, %p1;",
