@@ -30,8 +30,6 @@
 namespace pyvit_accel {
 namespace {
 
-constexpr uint32_t GROUP_M = 16;  // token tiles that in turn share a column of weights in L2; 264 blocks: 16 x 16.5
-
 struct Corner {
   int m, n;  // token, feature
 };
@@ -45,7 +43,7 @@ struct Tiles {
       : m((e.M + Tile::TOKENS - 1) / Tile::TOKENS), n((e.N + Tile::FEATURES - 1) / Tile::FEATURES) {}
   __device__ __forceinline__ uint32_t count() const { return m * n; }
   __device__ __forceinline__ Corner corner(uint32_t tile) const {
-    const TileIndex index = tile_index(tile, GROUP_M, m, n);
+    const TileIndex index = tile_index(tile, Tile::GROUP_M, m, n);
     return {static_cast<int>(index.m * Tile::TOKENS), static_cast<int>(index.n * Tile::FEATURES)};
   }
 };

@@ -45,6 +45,8 @@ struct HopperTile {
   static constexpr int THREADS = 128 * (CONSUMERS + 1);  // the last 128 are the producer's
   static constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : 240, PRODUCER_REGISTERS = 24;
 
+  static constexpr int GROUP_M = 16;  // token tiles that in turn share a column of weights in L2; 264 blocks: 16 x 16.5
+
   // A stage: x as TOKENS lines of 128 inputs, then the packed tiles, each as lines of 128 bytes of its four chunks.
   static constexpr int CHUNKS = 4;
   static constexpr int PACKED_BYTES = CHUNKS * chunk_bytes(W_BITS), PACKED_LINES = PACKED_BYTES / 128;
