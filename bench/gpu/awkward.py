@@ -15,7 +15,8 @@ FEATURES = (1, 16, 50, 97, 257, 771)
 INPUTS = (1, 31, 64, 100, 768, 1021, 3072)
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 HEADS = ((1, 32), (63, 64), (65, 64), (197, 64), (257, 80), (577, 64), (130, 96), (50, 128))  # tokens, channels
-CASES = 36
+CASES = 40
+BITS = (8, 4, 8, 4, 8, 4, 2, 3, 5, 6)
 
 
 def awkward_calls(few: bool) -> dict:
@@ -29,9 +30,9 @@ def awkward_calls(few: bool) -> dict:
     picked = [sizes[i] for i in torch.randperm(len(sizes))[:CASES].tolist()]
     for place, (M, N, K) in enumerate(picked):
         if not few or M * N * K < 1e6:
-            bits = (8, 4, 8, 4, 2, 3, 5, 6)[place % 8]
+            bits = BITS[place % len(BITS)]
             name = f"lowbit_linear {M} x {K} x {N}, {bits} bits"
-            found[name] = Call(ops.lowbit_linear, *_linear(M, N, K, bits, place))
+            found[name] = Call(ops.lowbit_linear, *_linear(M, N, K, bits, int(torch.randint(32, ()))))
     for M, C in ((1, 7), (197, 768), (1000, 1280), (50, 1023)):
         x, weight, bias = torch.randn(M, C) * 3 + 1, torch.randn(C), torch.randn(C)
         found[f"norm_quant_dynamic {M} x {C}"] = Call(ops.norm_quant, (x, weight, bias))
@@ -50,17 +51,17 @@ def awkward_calls(few: bool) -> dict:
     return found
 
 
-def _linear(M: int, N: int, K: int, bits: int, place: int) -> tuple[tuple, dict]:
-    """Arguments, with parts of the epilogue by the bits of the place; rows of x and residual lie apart."""
+def _linear(M: int, N: int, K: int, bits: int, parts: int) -> tuple[tuple, dict]:
+    """Arguments, with the parts of the epilogue that its bits say; rows of x and residual lie apart."""
     q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (N, K), dtype=torch.int8)
     x = torch.randint(-128, 128, (M, K + 3), dtype=torch.int8)[:, :K]
-    x_scale = torch.rand(M if place & 1 else 1) * 0.02 + 1e-3
-    kwargs = {"activation": ACTIVATIONS[place // 2 % 4], "x_zero_point": (0, -37)[place // 4 % 2]}
-    if place & 2:
+    x_scale = torch.rand(M if parts & 1 else 1) * 0.02 + 1e-3
+    kwargs = {"activation": ACTIVATIONS[parts // 2 % 4], "x_zero_point": (0, -37)[parts // 4 % 2]}
+    if parts & 2:
         kwargs["layer_scale"] = torch.randn(N)
-    if place & 4:
+    if parts & 4:
         kwargs["residual"] = torch.randn(M, N + 5)[:, :N]
-    if place & 8:
-        kwargs |= {"out_scale": torch.rand(N if place & 16 else 1) * 0.1 + 0.05, "out_zero_point": -3}
+    if parts & 8:
+        kwargs |= {"out_scale": torch.rand(N if parts & 16 else 1) * 0.1 + 0.05, "out_zero_point": -3}
     w_scale = (torch.rand(N) + 0.1) * 2.0 ** (8 - bits) / 128
-    return (x, x_scale, packed.pack(q, bits), w_scale, torch.randn(N) if place % 3 else None), kwargs
+    return (x, x_scale, packed.pack(q, bits), w_scale, torch.randn(N) if parts % 3 else None), kwargs

@@ -29,7 +29,7 @@ def cuda(task: Task) -> dict:
     if shutil.which("nvcc") is None:
         return {"status": "not run", "why": "there is no nvcc on the PATH"}
     source = Path(task.root) / "pyvit_accel"
-    _call([sys.executable, "setup.py", "build_cuda"], task)
+    _call([sys.executable, "setup.py", "build_cuda"], task, NVCC_APPEND_FLAGS="--threads=4")
     built = sorted(source.glob("libpyvit_accel_cuda*.so"))
     for library in built:
         shutil.copy2(library, Path(task.lib) / "pyvit_accel")

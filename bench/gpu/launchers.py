@@ -1,39 +1,62 @@
-"""The implementations of the ops that this machine has, by name, each able to stand in for the op's owner."""
+"""The implementations of the ops that this machine has, by name, each able to stand in for the op's owner.
+
+owner     whatever the dispatcher picks
+triton    the launchers of pyvit_accel.kernels
+cuda      those of the CUDA library; what a call asks that they lack goes to the others
+sm90_...  lowbit_linear by the kernel of the CUDA library that has this name
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyvit_accel import backends, cuda, reference
+
 COMPOSED = ("quant_block", "quant_mlp", "quant_project")  # of other ops, on a device without a kernel for the whole
-MODULES = {"triton": "pyvit_accel.kernels", "cuda": "pyvit_accel.cuda"}
+PREFIX = "lowbit_linear_"
 
 
 @cache
 def available(device: str) -> dict[str, dict[str, Callable]]:
-    """Per implementation its launchers by op; "owner", which has none, is whatever the dispatcher picks."""
+    """Per implementation its launchers by op; "owner" has none of its own."""
     found: dict[str, dict[str, Callable]] = {"owner": {}}
-    if device == "cuda":
-        for name, path in MODULES.items():
-            if find_spec(path) is not None and (launchers := _launchers(import_module(path))):
-                found[name] = launchers
+    if device != "cuda":
+        return found
+    if backends.HAS_TRITON:
+        kernels = import_module("pyvit_accel.kernels")
+        found["triton"] = {op: getattr(kernels, op) for op in kernels.__all__}
+    if cuda.library() is not None and cuda.device_error() is None:
+        launch = import_module("pyvit_accel.cuda.lowbit_linear").lowbit_linear
+        found["cuda"] = {"lowbit_linear": partial(_without_index, launch)}
+        for name in configs():
+            found[name] = {"lowbit_linear": partial(launch, config=PREFIX + name)}
     return found
 
 
-def _launchers(module) -> dict[str, Callable]:
-    from pyvit_accel.backends import OPS
+def _without_index(launch: Callable, *args):
+    if len(args) > 12 and args[12] is not None:
+        return import_module("pyvit_accel.kernels").lowbit_linear(*args)
+    return launch(*args)
 
-    return {op: getattr(module, op) for op in getattr(module, "__all__", ()) if op in OPS}
+
+def configs(bits: int | None = None) -> list[str]:
+    """Kernels of lowbit_linear in the CUDA library that this GPU runs, of all numbers of bits or of one."""
+    if cuda.library() is None or not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    names = [name.removeprefix(PREFIX) for name in import_module("pyvit_accel.cuda.lowbit_linear").configs()]
+    names = [name for name in names if name.startswith("sm80_") or name.startswith(f"sm{major}{minor}_")]
+    return [name for name in names if bits is None or f"_w{bits}_" in name]
 
 
 def of(op: str, device: str) -> list[str]:
-    """The implementations that have a launcher of their own for an op; on a CPU the owner."""
-    names = [name for name, launchers in available(device).items() if op in launchers]
+    """Who has a launcher of its own for an op, single kernels left out; on a CPU the owner."""
+    names = [name for name in ("triton", "cuda") if op in available(device).get(name, {})]
     return names or ["owner"]
 
 
@@ -49,8 +72,6 @@ class Using(TorchDispatchMode):
         if namespace == "pyvit_accel" and op in self.launchers:
             return self.launchers[op](*args, **(kwargs or {}))
         if namespace == "pyvit_accel" and op in COMPOSED and self.launchers:
-            from pyvit_accel import reference
-
             with self:  # its steps too run on these launchers
                 return getattr(reference, op)(*args, **(kwargs or {}), ops=torch.ops.pyvit_accel)
         return func(*args, **(kwargs or {}))

@@ -41,8 +41,7 @@ CALIBRATION = 4  # images
 def cases(task: Task) -> list[tuple[str, int, str]]:
     if task.device != "cuda":
         return list(TINY)
-    named = [backend for backend in launchers.available("cuda") if backend != "owner"]
-    more = [(B, 64, f"W8A8_DYNAMIC on {backend}") for backend in named if len(named) > 1]
+    more = [(B, 64, "W8A8_DYNAMIC on triton")] if len(launchers.of("lowbit_linear", "cuda")) > 1 else []
     return [*CASES[:3], *more, *([] if task.quick else CASES[3:])]
 
 

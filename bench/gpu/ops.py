@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.gpu import launchers
 from bench.gpu.guarded import LARGE, NAN, Guarded
@@ -36,10 +36,13 @@ def calls(root: Path, device: str) -> dict[str, Callable]:
 
 
 def items(found: dict[str, Callable], device: str) -> list[tuple[str, str]]:
-    """(implementation, call): the owner of every op, and others for the ops they have."""
+    """(implementation, call): the owner of every op, others for the ops they have, single kernels for matmuls."""
     pairs = [("owner", name) for name in found]
-    for backend, has in launchers.available(device).items():
+    for backend in ("triton", "cuda"):
+        has = launchers.available(device).get(backend, {})
         pairs += [(backend, name) for name in found if name.split()[0] in has]
+    of_bits = {bits: [n for n in found if n.startswith("lowbit_linear") and f", {bits} bits" in n] for bits in (4, 8)}
+    pairs += [(config, name) for bits in (8, 4) for config in launchers.configs(bits) for name in of_bits[bits]]
     return pairs
 
 
@@ -51,44 +54,45 @@ def check(call, backend: str, device: str, exact: bool) -> dict:
     first = None
     for fill in (NAN, LARGE):
         guard = Guarded(fill)
-        moved = _moved(call, guard, device)
-        before = [t.clone() for t in tree_leaves((moved.args, moved.kwargs)) if isinstance(t, Tensor)]
+        there = moved(call, lambda t, guard=guard: guard.place(t, device), device)
+        before = [t.clone() for t in tree_leaves((there.args, there.kwargs)) if isinstance(t, Tensor)]
         with guard, launchers.Using(backend, device):
-            results = _results(moved())
+            results = _results(there())
         guard.check()
-        after = [t for t in tree_leaves((moved.args, moved.kwargs)) if isinstance(t, Tensor)]
+        after = [t for t in tree_leaves((there.args, there.kwargs)) if isinstance(t, Tensor)]
         if any(not _same(a, b) for a, b in zip(after, before, strict=True)):
             raise AssertionError("an input was written to")
         compare(results, truth, exact)
         first = first or results
         _same_bits(results, first, "memory with another pattern")
     if device == "cuda":
-        _again(moved, backend, first)
+        _again(there, backend, first)
     return {"implementation": backend, "elements": sum(t.numel() for t in truth), "exact": exact}
 
 
-def _again(moved, backend: str, first: list[Tensor]) -> None:
+def _again(call, backend: str, first: list[Tensor]) -> None:
     """Other streams, and graphs."""
     noise, stream = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
     for _ in range(REPEATS):
         noise @ noise
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), launchers.Using(backend, "cuda"):
-            results = moved()
+            results = call()
         noise @ noise
         torch.cuda.synchronize()
         _same_bits(_results(results), first, "another run, on another stream")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), launchers.Using(backend, "cuda"):
-        results = moved()
+        results = call()
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize()
     _same_bits(_results(results), first, "a replay of a CUDA graph")
 
 
-def _moved(call, guard: Guarded, device: str):
-    args, kwargs = tree_map(lambda t: guard.place(t, device) if isinstance(t, Tensor) else t, (call.args, call.kwargs))
+def moved(call, place: Callable[[Tensor], Tensor], device: str):
+    """The call with its tensors where `place` puts them."""
+    args, kwargs = tree_map_only(Tensor, place, (call.args, call.kwargs))
     if (form := kwargs.get("softmax")) is not None:
         kwargs = kwargs | {"softmax": form.to(device)}
     return type(call)(call.op, args, kwargs)

@@ -7,6 +7,7 @@ import os
 from bench.gpu.supervise import Part
 
 CPUS = os.cpu_count() or 1
+OPS_SHARDS, TEST_SHARDS = max(1, min(6, CPUS // 2)), max(1, min(14, CPUS - 2))  # compiling takes the most time
 
 
 def _benchmark(name: str) -> tuple[str, ...]:
@@ -16,13 +17,15 @@ def _benchmark(name: str) -> tuple[str, ...]:
 PARTS = (
     Part("build", "the C++ extension, the CUDA library and the probes", ("-m", "bench.gpu.build"), 20, 240, 3),
     Part("device", "the card, its clocks, and the ceilings of copies and matmuls", ("-m", "bench.gpu.device"), 4, 20),
-    Part("ops", "every op and backend against the reference", ("-m", "bench.gpu.ops"), 12, 60),
+    Part("ops", "every op and backend against the reference", ("-m", "bench.gpu.ops"), 12, 60, OPS_SHARDS),
     Part("linear", "low-bit matmuls beside cuBLAS", _benchmark("linear"), 14, 60),
     Part("probes", "rates of the pipes", ("-m", "bench.gpu.probes"), 6, 15),
     Part("attention", "attention beside SDPA", _benchmark("attention"), 8, 60),
     Part("rows", "norms and gathers beside torch.compile", _benchmark("rows"), 6, 60),
+    Part("configs", "the kernels of the CUDA library, one by one", _benchmark("configs"), 8, 30),
     Part("models", "ViT-B, L and H beside torch.compile in bf16", ("-m", "bench.gpu.models"), 20, 90),
-    Part("tests", "the launchers' tests, on this GPU", ("-m", "bench.gpu.tests"), 18, 120, max(1, min(14, CPUS - 2))),
+    Part("tests", "the launchers' tests, on this GPU", ("-m", "bench.gpu.tests"), 18, 120, TEST_SHARDS),
+    Part("sanitizer", "compute-sanitizer memcheck, racecheck and synccheck", ("-m", "bench.gpu.sanitizer"), 14, 120),
 )
 
 

@@ -1,15 +1,11 @@
-"""The part `probes`: rates of the pipes, measured by csrc/cuda/probes, beside those that the design assumes.
-
-All run in one process of the program; where one ends it, the next process goes on with those after it.
-"""
+"""The part `probes`: rates of the pipes, measured by csrc/cuda/probes, beside those that the design assumes."""
 
 from __future__ import annotations
 
-import json
 import subprocess
-import time
 from pathlib import Path
 
+from bench.gpu.stream import run_all
 from bench.gpu.task import Task
 
 ASSUMED = {  # a multiprocessor and clock: multiply-adds (sparse ones count what is left out), lanes, bytes; GB/s of HBM
@@ -31,7 +27,7 @@ def assumed(name: str) -> float | None:
     return ASSUMED.get(name) or ASSUMED.get(name.split(" ")[0] if " ss " in name or " rs " in name else "")
 
 
-def row_of(name: str, measured: dict) -> dict:
+def row_of(name: str, measured: dict, lines: list[str]) -> dict:
     """status and values of a probe, from the line it printed."""
     if "failed" in measured:
         return {"status": "failed", "why": measured["failed"]}
@@ -46,50 +42,13 @@ def row_of(name: str, measured: dict) -> dict:
     return row | ({"ceiling": CEILINGS[name]} if name in CEILINGS else {})
 
 
-def run(program: Path, task: Task) -> None:
-    left = task.plan(names(program))
-    while left and not task.late():
-        done = _run_once(program, left, task)
-        left = left[done:]
-
-
-def _run_once(program: Path, wanted: list[str], task: Task) -> int:
-    """One process; how many of the probes have a row now."""
-    process = subprocess.Popen([program, *wanted], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    name, measured, done = None, {}, 0
-    for line in process.stdout:
-        try:
-            said = json.loads(line)
-        except ValueError:
-            print(line, end="")
-            continue
-        if "begin" in said:
-            name, measured = said["begin"], {}
-            task.row(name, "begun", time=time.time())
-        elif "end" in said:
-            task.row(name, **row_of(name, measured))
-            name, done = None, done + 1
-        else:
-            measured |= said
-    process.wait()
-    if name is not None:
-        why = measured.get("failed", f"the program ended with code {process.returncode}")
-        task.row(name, "failed", why=why)
-        done += 1
-    elif process.returncode and not done:
-        why = measured.get("failed", f"the program ended with code {process.returncode} before it began")
-        task.row(wanted[0], "failed", why=why)
-        done = 1
-    return done
-
-
 def main() -> None:
     task = Task.current()
     program = Path(task.work) / "probes"
     if task.device != "cuda" or not program.exists():
         task.row("probes", "not run", why="a rehearsal has no GPU" if program.exists() else "they were not built")
         return
-    run(program, task)
+    run_all(lambda left: [str(program), *left], task.plan(names(program)), task, row_of)
 
 
 if __name__ == "__main__":

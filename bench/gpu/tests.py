@@ -1,4 +1,4 @@
-"""The part `tests`: tests/test_triton_*.py and test_cuda_*.py, whose launchers run on a GPU where there is one."""
+"""The part `tests`: tests/test_triton_*.py, whose launchers run on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 
 from bench.gpu.task import Task
 
-FILES = ("test_triton_*.py", "test_cuda_*.py")
 CODES = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 def main() -> int:
     task = Task.current()
     folder = Path(task.root) / "tests"
-    files = [str(path) for pattern in FILES for path in sorted(folder.glob(pattern))]
+    files = [str(path) for path in sorted(folder.glob("test_triton_*.py"))]
     options = ["-q", "-p", "bench.gpu.plugin", "-p", "no:cacheprovider", "-p", "no:benchmark", f"--rootdir={task.root}"]
     code = pytest.main([*files, *options, "--tb=short", *(["-k", "rows"] if task.quick else [])])
     return 0 if code in CODES else int(code)  # failures are in the rows
