@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <mutex>
+
 #include "launch.h"
 
 namespace pyvit_accel {
@@ -47,6 +49,31 @@ int encode(const TensorMap& map, void* to) {
               map.box[0], map.box[1], static_cast<int>(error));
 }
 
+// Shared memory beyond 48 KiB has to be asked for, and its largest share for as many blocks as fit: once for each kernel on
+// each device, for it costs as much as the launch.
+int make_room(const Launch& launch) {
+  struct Done {
+    int device;
+    const void* function;
+  };
+  static std::mutex mutex;
+  static Done done[512];
+  static int count = 0;
+  if (launch.shared_bytes < 32 * 1024) return OK;
+  int device = 0;
+  if (const int error = refused("cudaGetDevice", cudaGetDevice(&device))) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (int i = 0; i < count; ++i)
+    if (done[i].device == device && done[i].function == launch.function) return OK;
+  cudaError_t error = cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(launch.shared_bytes));
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(launch.function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && count < 512) done[count++] = {device, launch.function};
+  return refused(launch.kernel, error);
+}
+
 }  // namespace
 
 int fail(Error code, const char* format, ...) {
@@ -77,14 +104,7 @@ int pyvit_accel_launch(const Launch* launch, void* stream) {
   memcpy(params, launch->params, launch->param_bytes);
   for (uint32_t i = 0; i < launch->num_maps; ++i)
     if (const int error = encode(launch->maps[i], params + launch->maps[i].offset)) return error;
-  if (launch->shared_bytes > 48 * 1024) {  // more has to be asked for, and room for as many blocks as fit
-    cudaError_t error = cudaFuncSetAttribute(launch->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(launch->shared_bytes));
-    if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(launch->function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared);
-    if (error != cudaSuccess) return refused(launch->kernel, error);
-  }
+  if (const int error = make_room(*launch)) return error;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(launch->grid);
