@@ -32,6 +32,10 @@ constexpr HOST_DEVICE int chunk_bytes(int w_bits) { return 64 * w_bits; }
 // unit of each) nor the loads of weight_offset (8 lanes in turn) meet in a bank.
 constexpr HOST_DEVICE uint32_t swizzle128(uint32_t at) { return at ^ (at >> 3 & 0x70); }
 
+// Where byte at + step lies, from where byte `at` does, which is among the first 256 of 1024; step: a multiple of 256, as
+// between chunks. Then the sum has no carry, and its swizzle is that of both.
+constexpr HOST_DEVICE uint32_t swizzled_ahead(uint32_t from, uint32_t step) { return (from ^ (step >> 3 & 0x70)) + step; }
+
 // The first of the four consecutive features of a lane, among the 32 of a pair of packed tiles.
 constexpr HOST_DEVICE int lane_feature(int lane) {
   const int g = lane >> 2;

@@ -16,6 +16,14 @@ namespace pyvit_accel::hopper {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// 16 bytes at a multiple of 16.
+__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
 // ---- mbarrier: a phase completes when `arrivals` threads arrived and all bytes announced for it have landed ----
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {

@@ -86,16 +86,6 @@ __device__ __forceinline__ void produce(const HopperParams& p, Stages<Tile> at) 
   }
 }
 
-__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
-               : "memory");
-}
-
-// What is `step` bytes, a multiple of 256, after the swizzled address `from`: only the swizzle of its line is another.
-__device__ __forceinline__ uint32_t ahead(uint32_t from, uint32_t step) { return (from ^ (step >> 3 & 0x70)) + step; }
-
 // Products of 32 inputs: sums[i] of the i-th m64 of this consumer. w: the address of this lane's weights, chunk 0; x: the
 // descriptor of the stage. Returns while they run.
 template <class Tile>
@@ -103,12 +93,12 @@ __device__ __forceinline__ void multiply(int32_t (&sums)[2][Tile::TOKENS / 2], u
                                          bool accumulate) {
   const uint32_t step = chunk * chunk_bytes(Tile::W_BITS);
   uint32_t low[4], a[2][4];
-  load_words(ahead(w, step), low);
+  hopper::load_words(swizzled_ahead(w, step), low);
   if constexpr (Tile::W_BITS == 4) {
     unpack4(low, a);
   } else {
     uint32_t high[4];
-    load_words(ahead(w, step + 256), high);
+    hopper::load_words(swizzled_ahead(w, step + 256), high);
     unpack8(low, high, a);
   }
   hopper::pin(a[0]);
