@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.gpu import machine_code
 from bench.gpu.task import Task
 
 PROBES = Path("csrc") / "cuda" / "probes"
@@ -41,7 +42,11 @@ def probes(task: Task) -> dict:
     if shutil.which("nvcc") is None:
         return {"status": "not run", "why": "there is no nvcc on the PATH"}
     compiled = compile_probes(Path(task.root), Path(task.work))
-    return {"files": [f"{compiled.name}, {compiled.stat().st_size} bytes"]}
+    faults = machine_code.check(compiled)
+    if faults:
+        return {"status": "failed", "why": f"its machine code: {'; '.join(faults)}"[:400]}
+    checked = "machine code not looked at" if faults is None else "machine code as meant"
+    return {"files": [f"{compiled.name}, {compiled.stat().st_size} bytes, {checked}"]}
 
 
 def compile_probes(root: Path, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from bench.gpu.task import Task
 ASSUMED = {  # a multiprocessor and clock: multiply-adds (sparse ones count what is left out), lanes, bytes; GB/s of HBM
     "int8": 4096, "fp8": 4096, "bf16": 2048, "int8_sparse": 8192, "bf16_sparse": 4096,
     "pipe ex2": 16, "pipe ffma": 128, "pipe fadd": 128, "pipe fmul": 128, "pipe imad": 64, "pipe lop3": 64,
-    "pipe prmt": 64, "pipe max.s32": 64, "pipe max.f32": 64, "pipe cvt.rni.s32.f32": 16, "pipe cvt.rn.f32.s32": 16,
+    "pipe prmt": 64, "pipe max.s32": 64, "pipe max.f32": 64, "pipe cvt.rni.s32.f32": 16,
     "shared memory reads": 128, "l2 loads": 46, "hbm copy": 4300,
 }  # fmt: skip
 CEILINGS = {"int8 ss n256": "int8", "int8 rs n256": "int8", "fp8 ss n256": "fp8", "fp8 rs n256": "fp8",

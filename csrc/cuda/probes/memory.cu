@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(THREADS, 1) shared_reads(int loops, uint32_t* 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint4 v;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+      asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                    : "r"(base + i * 16 * THREADS));
       folded ^= v.x ^ v.y ^ v.z ^ v.w;
@@ -89,7 +89,7 @@ constexpr int STAGES = 4, COPIES = 1024;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ void wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra AGAIN;\n}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
@@ -131,8 +131,8 @@ __global__ void bulk_copies(const uint8_t* region, uint32_t size, long long* clo
               "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
               "[%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(part), "r"(barrier), "h"(uint16_t(3)) : "memory");
         else
-          asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                       "l"(from), "r"(part), "r"(barrier) : "memory");
+          asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                       ::"r"(to), "l"(from), "r"(part), "r"(barrier) : "memory");
       }
       if (i >= STAGES - 1) {
         const int j = i - (STAGES - 1), s = j % STAGES;
@@ -140,8 +140,8 @@ __global__ void bulk_copies(const uint8_t* region, uint32_t size, long long* clo
         for (uint32_t other = 0; other < (PAIRS ? 2u : 1u); ++other) {  // both may overwrite it once both have seen it
           asm volatile(
               "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-              "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(shared(empty + s)), "r"(other)
-              : "memory");
+              "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n"
+              ::"r"(shared(empty + s)), "r"(other) : "memory");
         }
       }
     }

@@ -9,15 +9,17 @@ namespace {
 
 constexpr int THREADS = 1024, LOOPS = 256, CHAINS = 8, UNROLL = 16;
 
-#define INSTRUCTION(NAME, TEXT)                                                                   \
-  struct NAME {                                                                                   \
-    static __device__ void run(uint32_t& x, uint32_t y, uint32_t z) {                             \
-      asm volatile("{\n.reg .f32 f, g, h;\n.reg .b16 s, t;\n.reg .b32 u;\n" TEXT "}\n" : "+r"(x) : "r"(y), "r"(z)); \
-    }                                                                                             \
+#define INSTRUCTIONS(NAME, N, TEXT)                                                                             \
+  struct NAME {                                                                                                 \
+    static constexpr int COUNT = N;                                                                             \
+    static __device__ void run(uint32_t& x, uint32_t y, uint32_t z) {                                           \
+      asm volatile("{\n.reg .f32 f, g;\n.reg .b16 s, t;\n" TEXT "}\n" : "+r"(x) : "r"(y), "r"(z));             \
+    }                                                                                                           \
   };
-#define FLOATS "mov.b32 f, %0;\nmov.b32 g, %1;\nmov.b32 h, %2;\n"
+#define INSTRUCTION(NAME, TEXT) INSTRUCTIONS(NAME, 1, TEXT)
+#define FLOATS "mov.b32 f, %0;\nmov.b32 g, %1;\n"
 INSTRUCTION(Exp, FLOATS "ex2.approx.ftz.f32 f, f;\nmov.b32 %0, f;\n")
-INSTRUCTION(Reciprocal, FLOATS "rcp.approx.ftz.f32 f, f;\nmov.b32 %0, f;\n")
+INSTRUCTION(InverseRoot, FLOATS "rsqrt.approx.ftz.f32 f, f;\nmov.b32 %0, f;\n")
 INSTRUCTION(ToInt, FLOATS "cvt.rni.s32.f32 %0, f;\n")
 INSTRUCTION(ToFloat, "cvt.rn.f32.s32 f, %0;\nmov.b32 %0, f;\n")
 INSTRUCTION(Fma, FLOATS "fma.rn.f32 f, f, 0f3F7FFF00, g;\nmov.b32 %0, f;\n")
@@ -33,7 +35,8 @@ INSTRUCTION(FloatMaximum, FLOATS "max.f32 f, f, g;\nmov.b32 %0, f;\n")
 INSTRUCTION(HalfFma, "fma.rn.f16x2 %0, %0, %1, %2;\n")
 INSTRUCTION(Dot, "dp4a.s32.s32 %0, %0, %1, %2;\n")
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-INSTRUCTION(ToE4M3, FLOATS "cvt.rn.satfinite.e4m3x2.f32 s, f, g;\nmov.b32 %0, {s, s};\n")
+INSTRUCTIONS(ToE4M3, 2, FLOATS "cvt.rn.satfinite.e4m3x2.f32 s, f, g;\ncvt.rn.satfinite.e4m3x2.f32 t, g, f;\n"
+                               "mov.b32 %0, {s, t};\n")
 INSTRUCTION(PackedMaximum, "max.s16x2 %0, %0, %1;\n")
 #else  // these are of Hopper, and not run elsewhere
 INSTRUCTION(ToE4M3, "")
@@ -66,12 +69,13 @@ void measure(const Device& device) {
   for (int i = 0; i < 3; ++i) pipe<Instruction><<<device.sms, THREADS>>>(LOOPS, out.data, clocks.data);
   CHECK(cudaGetLastError());
   CHECK(cudaDeviceSynchronize());
-  report(double(LOOPS) * UNROLL * CHAINS * THREADS / double(largest(clocks.data, device.sms)), "lanes/clk/SM");
+  const double lanes = double(LOOPS) * UNROLL * CHAINS * Instruction::COUNT * THREADS;
+  report(lanes / double(largest(clocks.data, device.sms)), "lanes/clk/SM");
 }
 
 const Register pipes[] = {
     {"pipe ex2", 80, measure<Exp>},
-    {"pipe rcp", 80, measure<Reciprocal>},
+    {"pipe rsqrt", 80, measure<InverseRoot>},
     {"pipe cvt.rni.s32.f32", 80, measure<ToInt>},
     {"pipe cvt.rn.f32.s32", 80, measure<ToFloat>},
     {"pipe cvt.e4m3x2", 90, measure<ToE4M3>},

@@ -3,7 +3,7 @@
 
 #include "probe.h"
 
-// Eight registers of a name; lists for N = 64, 128 and 256 columns, a register for every eight of 64 rows x N / 4 warps.
+// Eight registers of a name; lists of the accumulators of a lane for N = 64, 128 and 256 columns, half as many.
 #define EIGHT(p) p "0, " p "1, " p "2, " p "3, " p "4, " p "5, " p "6, " p "7"
 #define LIST_64 EIGHT("a0") ", " EIGHT("a1") ", " EIGHT("a2") ", " EIGHT("a3")
 #define LIST_128 LIST_64 ", " EIGHT("a4") ", " EIGHT("a5") ", " EIGHT("a6") ", " EIGHT("a7")

@@ -1,5 +1,5 @@
-// What the layouts of wgmma rest on: one product of 64 x 64, int8, A from registers, dense and 2:4, against the CPU; and
-// whether two blocks on a multiprocessor hide each other's epilogues.
+// What layouts rest on: one wgmma of 64 x 64, int8, A from registers, dense and 2:4, against the CPU; and whether two
+// blocks on a multiprocessor hide each other's epilogues.
 #include "wgmma.cuh"
 
 namespace probes {
@@ -17,7 +17,8 @@ constexpr int M = 64, N = 64, THREADS = 128;
 // One instruction: dense K = 32, sparse K = 64, of which A (64, 32) holds two of every four. B (64, 64) is K-major.
 // a: four words a lane, meta: one; both lie as lanes want them, see the host's side. d (64, 64).
 template <bool SPARSE>
-__global__ void __launch_bounds__(THREADS) one_tile(const uint4* a, const uint32_t* meta, const uint8_t* b, int32_t* y) {
+__global__ void __launch_bounds__(THREADS) one_tile(const uint4* a, const uint32_t* meta, const uint8_t* b,
+                                                    int32_t* y) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ __align__(1024) uint8_t tile[N * 128];
   for (int i = threadIdx.x; i < N * 64; i += THREADS) {

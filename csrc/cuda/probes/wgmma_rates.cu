@@ -53,7 +53,8 @@ using Rate = void (*)(int groups, uint32_t* out, long long* clocks);
 
 #define DENSE_RS(NAME, KIND, N, HEAD, TAIL) RATE(NAME##_rs_##N, KIND, N, HEAD, RS, "r", r, r * 3, r * 5, r * 7, 2, TAIL)
 #define DENSE_SS(NAME, KIND, N, HEAD, TAIL) RATE(NAME##_ss_##N, KIND, N, HEAD, SS, "l", a, a + 2, a + 4, a + 6, 2, TAIL)
-#define SPARSE_RS(NAME, KIND, N, HEAD, TAIL) RATE(NAME##_rs_##N, KIND, N, HEAD, RS, "r", r, r * 3, r * 5, r * 7, 4, TAIL)
+#define SPARSE_RS(NAME, KIND, N, HEAD, TAIL) \
+  RATE(NAME##_rs_##N, KIND, N, HEAD, RS, "r", r, r * 3, r * 5, r * 7, 4, TAIL)
 #define SPARSE_SS(NAME, KIND, N, HEAD, TAIL) \
   RATE(NAME##_ss_##N, KIND, N, HEAD, SS, "l", a, a + 2, a + 4, a + 6, 4, TAIL)
 
