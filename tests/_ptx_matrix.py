@@ -13,7 +13,7 @@ HEAD = """.version 8.7
 .address_size 64
 .visible .entry kernel(.param .u64 in, .param .u64 out, .param .u64 image)
 {
-.reg .pred %p<8>; .reg .b32 %i<160>; .reg .b32 %o<160>; .reg .b32 %x<64>; .reg .b64 %d<64>;
+.reg .pred %p<8>; .reg .b16 %h<2>; .reg .b32 %i<160>; .reg .b32 %o<160>; .reg .b32 %x<64>; .reg .b64 %d<64>;
 """
 
 

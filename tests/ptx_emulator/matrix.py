@@ -51,6 +51,8 @@ class Words:
 def together(group: Group, ins: Instruction, size: int) -> tuple[Group | None, Wait | None]:
     """The part of the group whose units of `size` threads are all here, and a wait for what misses of the others."""
     threads = group.threads
+    if isinstance(group.index, slice) and group.index.start % size == 0 and len(threads) % size == 0:
+        return group, None
     unit, here = np.unique(threads // size, return_counts=True)
     if (here == size).all():
         return group, None

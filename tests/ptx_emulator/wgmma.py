@@ -9,6 +9,7 @@ Source: PTX ISA, "Asynchronous warpgroup level matrix instructions"; layouts als
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -77,30 +78,30 @@ class Operand(NamedTuple):
     K: int
     k_major: bool
 
-    def units(self) -> tuple[np.ndarray, np.ndarray]:
-        """The units along the contiguous direction and the lines across it, as a grid."""
+    @cache  # noqa: B019 - of few operands, and descriptors come again with every stage
+    def addresses(self, bits: int) -> tuple[np.ndarray, str]:
+        """Of all 16-byte units (across, along memory), and what is ill-formed about the descriptor, or ""."""
         per_unit = 4 * TYPES[self.kind].per_word
-        contiguous, across = (self.K, self.lines) if self.k_major else (self.lines, self.K)
-        return np.arange(-(-contiguous // per_unit))[None, :], np.arange(across)[:, None]
+        along, across = (self.K, self.lines) if self.k_major else (self.lines, self.K)
+        unit, line = np.arange(-(-along // per_unit))[None, :], np.arange(across)[:, None]
+        descriptor = Descriptor.decode(bits)
+        wrong = descriptor.wrong(unit.size * 16 if self.k_major else min(unit.size * 16, descriptor.span))
+        wrong = f"reserved bits 0x{bits & RESERVED:X} are set" if bits & RESERVED else wrong
+        return descriptor.addresses(unit, line, self.k_major), wrong
 
     def read(self, group: Group, ins: Instruction, bits: int, agent: int, name: str) -> np.ndarray:
         """The numbers (lines, K) float32."""
-        descriptor = Descriptor.decode(bits)
-        unit, line = self.units()
-        reserved = bits & RESERVED
-        wrong = descriptor.wrong(unit.size * 16 if self.k_major else min(unit.size * 16, descriptor.span))
-        wrong = f"reserved bits 0x{reserved:X} are set" if reserved else wrong
+        addresses, wrong = self.addresses(bits)
         if wrong:
             group.fault(ins, f"descriptor 0x{bits:016X} of {name}: {wrong}", 0)
-        addresses = descriptor.addresses(unit, line, self.k_major).reshape(-1)
-        shared = group.cta.shared
+        shared, (lines, units) = group.cta.shared, addresses.shape
         try:
-            data = shared.read(shared.locate(addresses, 16, "read"), agent, line=ins.line)
+            data = shared.read(shared.locate(addresses.reshape(-1), 16, "read"), agent, line=ins.line)
         except BadAccess as bad:
             along, across = ("k", "row") if self.k_major else ("row", "k")
-            line, first = bad.lane // unit.size, bad.lane % unit.size * 4 * TYPES[self.kind].per_word
+            line, first = bad.lane // units, bad.lane % units * 4 * TYPES[self.kind].per_word
             group.fault(ins, f"{name}, {across} {line}, {along} from {first} on: {bad.reason}", 0)
-        values = matrix_math.numbers(data.view(np.uint32), self.kind).reshape(line.size, -1)
+        values = matrix_math.numbers(data.view(np.uint32), self.kind).reshape(lines, -1)
         return values if self.k_major else values[:, : self.lines].T
 
 
