@@ -1,4 +1,4 @@
-// What the CUDA kernels share with the host, for tests/test_cuda_library.py to call: csrc/cuda compiled by the C++ compiler.
+// What the CUDA kernels share with the host, for tests/test_cuda_host.py to call: csrc/cuda compiled by the C++ compiler.
 #include <cstddef>
 #include <string>
 
@@ -77,6 +77,7 @@ void to_codes(const float* y, float inv_scale, int zero_point, int bits, int8_t*
 }
 
 uint32_t swizzle(uint32_t at) { return swizzle128(at); }
+uint32_t ahead(uint32_t from, uint32_t step) { return swizzled_ahead(from, step); }
 int feature_of(int lane) { return lane_feature(lane); }
 int token_of(int lane) { return lane_token(lane); }
 uint32_t weight_at(int lane, uint32_t tile_bytes) { return weight_offset(lane, tile_bytes); }

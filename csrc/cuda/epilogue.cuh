@@ -4,7 +4,7 @@
 //     q = clip(rint(y * (1 / out_scale)) + out_zero_point)
 //
 // A lane holds four consecutive features of two consecutive tokens (fragments.cuh). What belongs to the features is loaded
-// once, features(); finish() takes the sums of two tokens, or of two in each of a few tiles of 8, whose loads then are under
+// once, load_features(); finish() takes the sums of two tokens, or of two in each of a few tiles of 8, whose loads then are under
 // way together. Branches depend on the launch alone, so a warp takes one side.
 #pragma once
 #include "fragments.cuh"

@@ -11,13 +11,14 @@
 //     x rows of 64 bytes     [TOKENS][64]                ldmatrix.x4    two 8-token tiles of B, 32 inputs
 //     w pieces of 2 chunks   [FEATURES / 16][2][chunk]   ld.shared.v4   two 16-feature tiles of A (4 bits: after unpacking)
 //
-// What lies beyond M, N and K is copied as zeros, so the loop has no tail: beyond K x is zero, and w whatever. 4-bit weights
-// arrive times 16, and so do their sums, which are exact up to K = 131071.
+// The loop has no tail: what lies beyond K is copied as zeros, and beyond M and N the last rows once more, whose sums go
+// nowhere. 4-bit weights arrive times 16, and so do their sums, which are exact up to K = 131071.
 //
 // 128 x 128 tiles: three stages of 8-bit weights are 48 KiB, so that two blocks fit the 100 KiB of an sm_89; the 128 sums of
 // a thread leave room for the rest in the 255 registers that two blocks allow.
 #include <cuda_runtime.h>
 
+#include "ampere.cuh"
 #include "epilogue.cuh"
 
 namespace pyvit_accel {
@@ -38,41 +39,7 @@ struct StageLayout {
   static_assert(X_BYTES % 1024 == 0 && W_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 };
 
-// 16 bytes to shared memory, asynchronously; zeros when there are none to read.
-__device__ __forceinline__ void copy_unit(uint32_t to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-// Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8, and gets 4 bytes of row l / 4 of each.
-__device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&to)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
-               : "memory");
-}
-
-// sums (16 features x 8 tokens) += a (16 x 32) b (32 x 8).
-__device__ __forceinline__ void multiply(int32_t (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// What a thread copies of every stage: units of rows of x and of packed tiles. Rows beyond M and tiles beyond N repeat the
-// last, for their sums go nowhere; inputs beyond K are zeros.
+// What a thread copies of every stage: units of rows of x and of packed tiles, in as many turns as they need.
 template <class Stage>
 struct Copier {
   static constexpr int X_ROW = INPUTS / UNIT, W_ROW = Stage::TILE_BYTES / UNIT;  // units of a row in a stage
@@ -118,7 +85,7 @@ __device__ __forceinline__ void lowbit_linear(const LowbitLinear& p) {
   static_assert(PAIRS >= 1 && BLOCKS % 2 == 0, "a warp takes 32 features and 16 tokens at a time");
 
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t stages = shared_address(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_n = warp / 2 * (FEATURES / 2), warp_m = warp % 2 * (TOKENS / 2);
   const TileIndex tile =
@@ -208,7 +175,7 @@ void prepare(const LowbitLinear& problem, const LowbitLinearConfig& config, int,
 }  // namespace pyvit_accel
 
 // The kernels: name, bits, features, tokens, stages, blocks of an SM.
-#define KERNELS(KERNEL)                                 \
+#define KERNELS(KERNEL)                                    \
   KERNEL(lowbit_linear_sm80_w8_128x128, 8, 128, 128, 3, 2) \
   KERNEL(lowbit_linear_sm80_w4_128x128, 4, 128, 128, 3, 2) \
   KERNEL(lowbit_linear_sm80_w8_64x64, 8, 64, 64, 4, 3)     \
