@@ -123,7 +123,7 @@ def _codes(t: Tensor) -> Tensor:
 def _int_mm(job: Linear, name: str, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     x, w = _codes(x), _codes(w)
     scale = torch.full((w.shape[0],), CODES_A_UNIT**-2.0, device=x.device)
-    finish = _finish_codes if job.to_codes else _finish_floats
+    finish = torch.compile(_finish_codes if job.to_codes else _finish_floats, dynamic=False)
     step = STEP * job.K**0.5
     return lambda: finish(torch._int_mm(x, w.T), scale, bias, step, job.activation)
 
@@ -133,12 +133,10 @@ def _scaled(acc: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor
     return F.gelu(y) if activation == "gelu" else y
 
 
-@torch.compile(dynamic=False)
 def _finish_codes(acc: Tensor, scale: Tensor, bias: Tensor, step: float, activation: str) -> Tensor:
     return (_scaled(acc, scale, bias, activation) / step).round().clamp(-128, 127).to(torch.int8)
 
 
-@torch.compile(dynamic=False)
 def _finish_floats(acc: Tensor, scale: Tensor, bias: Tensor, step: float, activation: str) -> Tensor:
     return _scaled(acc, scale, bias, activation)
 

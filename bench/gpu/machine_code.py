@@ -26,7 +26,7 @@ def functions(sass: str) -> dict[str, list[tuple[int, str, str]]]:
     for line in sass.splitlines():
         if match := re.search(r"Function : (\S+)", line):
             body = found[match[1]] = []
-        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", line):
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
             body.append((int(match[1], 16), match[2], match[3]))
     return found
 

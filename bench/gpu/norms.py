@@ -42,14 +42,15 @@ def make(job: Rows, name: str, device: str) -> Made:
 
     backend = name.rpartition(" ")[2] if name.startswith(OURS) else None
     static = name.startswith("static")
+    compiled = torch.compile(_norm if name.endswith("bf16") else _norm_quantize, dynamic=False)
 
     def call(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         if backend is not None:
             with launchers.Using(backend, device):
                 return ops.norm_quant(x, *vectors, scale if static else None, EPS, index=index)
         if name.endswith("bf16"):
-            return _norm(x, *vectors.bfloat16()), scale
-        return _norm_quantize(x if index is None else x.index_select(0, index), *vectors)
+            return compiled(x, *vectors.bfloat16()), scale
+        return compiled(x if index is None else x.index_select(0, index), *vectors)
 
     def check() -> None:
         x, index = sets[0]
@@ -72,12 +73,10 @@ def make(job: Rows, name: str, device: str) -> Made:
     return Made(calls, check, about(job, implementation, backend, "float32", 10 * M * C, bytes))
 
 
-@torch.compile(dynamic=False)
 def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
 
 
-@torch.compile(dynamic=False)
 def _norm_quantize(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     y = F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
     scale = y.abs().amax(dim=1) / 127
