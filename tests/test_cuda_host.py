@@ -1,5 +1,5 @@
-"""What the CUDA kernels share with the host, compiled for it: structures, the division and the scalar functions, and maps
-of memory to registers."""
+"""What the CUDA kernels share with the host, compiled for it: structures, division, scalar functions, and the maps of
+memory to registers."""
 
 from __future__ import annotations
 
