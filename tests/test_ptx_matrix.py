@@ -219,6 +219,15 @@ def test_ldmatrix(count, trans):
             assert got[lane, j] == int(low) | int(high) << 16
 
 
+def test_ldmatrix_of_a_generic_address():
+    image = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    text = "mul.lo.u32 %x8, %x1, 16; add.u32 %x8, %x0, %x8; cvt.u64.u32 %d9, %x8; cvta.shared.u64 %d9, %d9;"
+    got = ptx.launch(text + "ldmatrix.sync.aligned.m8n8.x1.b16 {%o0}, [%d9];", np.zeros((32, 1)), 1, image)
+    assert np.array_equal(got.view(np.uint16).reshape(8, 8), image)
+    with pytest.raises(Fault, match="not of shared memory"):
+        ptx.launch("ldmatrix.sync.aligned.m8n8.x1.b16 {%o0}, [%d2];", np.zeros((32, 1)), 1, image)
+
+
 @pytest.mark.parametrize("trans", [False, True])
 def test_stmatrix_is_the_way_back(trans):
     rng = np.random.default_rng(0)
