@@ -28,8 +28,8 @@ NO_DESTINATION = ("st", "red", "bar", "barrier", "stmatrix", "cp", "mbarrier", "
 class Access(NamedTuple):
     """What an ordinary instruction does with registers some wgmma uses; indices among those."""
 
-    reads: np.ndarray
-    writes: np.ndarray
+    reads: list[int]
+    writes: list[int]
     renames: bool  # a mov of registers: reads[i] to writes[i]
     zero: bool  # a mov of zero
 
@@ -46,6 +46,10 @@ def _registers(operand) -> list[int]:
     return []
 
 
+def _renames(ins: Instruction) -> bool:
+    return ins.opcode == "mov" and all(isinstance(o, Reg) and o.bank == 32 for o in ins.operands)
+
+
 class Tracked:
     """The registers of a program that some wgmma uses or that a mov joins to such, and who else touches them."""
 
@@ -53,7 +57,7 @@ class Tracked:
         instructions = program.entry.instructions
         moves, rows = [], set()
         for ins in instructions:
-            if ins.opcode == "mov" and all(isinstance(o, Reg) and o.bank == 32 for o in ins.operands):
+            if _renames(ins):
                 moves.append({o.row for o in ins.operands})
             elif ins.opcode == "wgmma" and ins.mods[0] == "mma_async":
                 rows.update(row for operand in ins.operands for row in _registers(operand))
@@ -67,19 +71,17 @@ class Tracked:
         for ins in instructions:
             if ins.opcode != "wgmma":
                 access = self._access(ins)
-                if len(access.reads) or len(access.writes):
+                if access.reads or access.writes:
                     self.access[id(ins)] = access
 
     def _access(self, ins: Instruction) -> Access:
         first = 0 if ins.opcode in NO_DESTINATION or not ins.operands or isinstance(ins.operands[0], Address) else 1
         writes = [row for operand in ins.operands[:first] for row in _registers(operand)]
         reads = [row for operand in ins.operands[first:] for row in _registers(operand)]
-        simple = ins.opcode == "mov" and len(ins.operands) == 2
-        source = ins.operands[1] if simple else None
-        renames = simple and isinstance(source, Reg) and source.bank == 32
-        zero = simple and isinstance(source, Imm) and source.bits == 0
+        source = ins.operands[1] if ins.opcode == "mov" else None
+        zero = isinstance(source, Imm) and source.bits == 0
         reads, writes = ([self.index[row] for row in rows if row in self.index] for rows in (reads, writes))
-        return Access(np.array(reads, int), np.array(writes, int), renames, zero)
+        return Access(reads, writes, _renames(ins), zero)
 
 
 _TRACKED: WeakKeyDictionary[Program, Tracked] = WeakKeyDictionary()
@@ -92,120 +94,142 @@ def flight_of(cta: Cta) -> Flight:
     return cta.pending["wgmma"]
 
 
+class Warpgroup:
+    """What one warpgroup has in flight. Lists are over the tracked registers; groups are numbered from 1."""
+
+    def __init__(self, registers: int, agent: int, warps: np.ndarray):
+        self.registers, self.agent, self.warps = registers, agent, warps
+        self.result = [0] * registers  # the group a result comes with
+        self.source = [0] * registers  # the last group that takes the register as A or metadata
+        self.slot = [None] * registers  # shape and place of a result: only the same may be added to
+        self.line = [0] * registers  # PTX line of the wgmma that took the register last
+        self.committed = self.done = 0  # groups
+        self.open = False  # something is issued and not committed
+        self.fenced = False  # ever
+        self.clocks: list[int] = []  # the tensor agent's, at each commit
+        self.forget()
+
+    def forget(self) -> None:
+        """wgmma.fence"""
+        self.used = [False] * self.registers  # a result was asked for since
+        self.written, self.read = [0] * self.registers, [0] * self.registers  # PTX lines since
+
+    @property
+    def busy(self) -> bool:
+        return self.open or self.committed > self.done
+
+
 class Flight:
-    """State per tracked register and warpgroup. Groups of a warpgroup are numbered from 1 as they are committed."""
+    """The warpgroups of a block, and the ordinary instructions that touch what is theirs."""
 
     def __init__(self, cta: Cta):
         program = cta.machine.program
         if program not in _TRACKED:
             _TRACKED[program] = Tracked(program)
         self.tracked, self.cta = _TRACKED[program], cta
-        groups = -(-cta.machine.threads // 128)
-        size = (len(self.tracked.index), groups)
-        self.result = np.zeros(size, np.int32)  # the group a result comes with
-        self.source = np.zeros(size, np.int32)  # the last group that takes the register as A or metadata
-        self.slot = np.zeros(size, np.int32)  # shape and place of a result: only the same may be added to
-        self.since = np.zeros(size, bool)  # a result was asked for since the last fence
-        self.written, self.read = np.zeros(size, np.int32), np.zeros(size, np.int32)  # PTX line, since the last fence
-        self.line = np.zeros(size, np.int32)  # of the wgmma that took the register last
-        self.open = np.zeros(groups, bool)  # something is issued and not committed
-        self.committed, self.done = np.zeros(groups, np.int32), np.zeros(groups, np.int32)
-        self.fenced = np.zeros(groups, bool)
-        self.clocks: list[list[int]] = [[] for _ in range(groups)]  # the tensor agent's, at each commit
-        self.shapes: dict[str, int] = {}
+        firsts = [cta.first_warp + 4 * wg for wg in range(-(-cta.machine.threads // 128))]
+        registers, tensor = len(self.tracked.index), cta.clocks.tensor
+        self.warpgroups = [Warpgroup(registers, tensor + first, first + np.arange(4)) for first in firsts]
 
     def __call__(self, group: Group, ins: Instruction) -> None:
         """Before an ordinary instruction."""
         access = self.tracked.access.get(id(ins))
+        if access is None and ins.opcode not in ("ret", "exit"):
+            return
+        first, last = int(group.threads[0]) >> 7, int(group.threads[-1]) >> 7
+        for wg in (first,) if first == last else np.unique(group.threads >> 7):
+            mine = self.warpgroups[wg]
+            wrong = self._wrong(mine, access, ins) if mine.busy else ""
+            if wrong:
+                group.fault(ins, wrong, int(np.flatnonzero(group.threads >> 7 == wg)[0]))
+            if access is not None:
+                self._note(mine, access, ins.line)
+
+    def _wrong(self, mine: Warpgroup, access: Access | None, ins: Instruction) -> str:
         if access is None:
-            if ins.opcode in ("ret", "exit"):
-                self._leave(group, ins)
-            return
-        where = np.unique(group.threads >> 7)[None, :]
-        done = self.done[where]
-        reads, writes = access.reads[:, None], access.writes[:, None]
+            return "the thread ends while a wgmma is in flight: wgmma.wait_group 0"
         if access.renames:
-            for state in (self.result, self.slot, self.since, self.written, self.read, self.line):
-                state[writes, where] = state[reads, where]
-            self.source[writes, where] = 0
+            return ""
+        rows = [(row, "read of the result") for row in access.reads if mine.result[row] > mine.done]
+        rows += [(row, "write over the result") for row in access.writes if mine.result[row] > mine.done]
+        rows += [(row, "write over an operand") for row in access.writes if mine.source[row] > mine.done]
+        for row, what in rows:
+            return f"{what} of wgmma at PTX line {mine.line[row]} before a wgmma.wait_group that covers it"
+        return ""
+
+    @staticmethod
+    def _note(mine: Warpgroup, access: Access, line: int) -> None:
+        if access.renames:
+            (to,), (source,) = access.writes, access.reads
+            for state in (mine.result, mine.slot, mine.used, mine.written, mine.read, mine.line):
+                state[to] = state[source]
+            mine.source[to] = 0
             return
-        self._refuse(group, ins, self.result[reads, where] > done, reads, where, "read of the result of wgmma")
-        self._refuse(group, ins, self.result[writes, where] > done, writes, where, "write over the result of wgmma")
-        self._refuse(group, ins, self.source[writes, where] > done, writes, where, "write over an operand of wgmma")
-        self.read[reads, where] = ins.line
+        for row in access.reads:
+            mine.read[row] = line
         if not access.zero:
-            self.written[writes, where] = ins.line
-
-    def _refuse(self, group: Group, ins: Instruction, bad: np.ndarray, rows: np.ndarray, where: np.ndarray, what: str):
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
-            wg = where[0, column]
-            lane, line = int(np.flatnonzero(group.threads >> 7 == wg)[0]), self.line[rows[row, 0], wg]
-            group.fault(ins, f"{what} at PTX line {line} before a wgmma.wait_group that covers it", lane)
-
-    def _leave(self, group: Group, ins: Instruction) -> None:
-        for wg in np.unique(group.threads >> 7):
-            if self.open[wg] or self.committed[wg] > self.done[wg]:
-                lane = int(np.flatnonzero(group.threads >> 7 == wg)[0])
-                group.fault(ins, "the thread ends while a wgmma is in flight: wgmma.wait_group 0", lane)
-
-    def _agent(self, wg: int) -> tuple[int, np.ndarray]:
-        first = self.cta.first_warp + 4 * wg
-        return self.cta.clocks.tensor + first, first + np.arange(4)
+            for row in access.writes:
+                mine.written[row] = line
 
     def fence(self, wg: int) -> None:
-        self.fenced[wg] = True
-        self.written[:, wg] = self.read[:, wg] = 0
-        self.since[:, wg] = False
+        self.warpgroups[wg].fenced = True
+        self.warpgroups[wg].forget()
 
     def issue(self, group: Group, wg: int, ins: Instruction, results: tuple, sources: tuple, shape: str) -> int:
         """Check what a wgmma needs of its registers, take them; returns the agent that reads shared memory for it."""
-        if not self.fenced[wg]:
-            group.fault(ins, "no wgmma.fence before the first wgmma of the warpgroup", 0)
-        index = self.tracked.index
-        results, sources = (np.array([index[row] for row in rows], int) for rows in (results, sources))
-        done, number = self.done[wg], self.committed[wg] + 1
-        slots = 256 * (1 + self.shapes.setdefault(shape, len(self.shapes))) + np.arange(len(results))
-
-        def refuse(bad: np.ndarray, rows: np.ndarray, text: str, lines: np.ndarray) -> None:
-            if bad.any():
-                at = int(np.flatnonzero(bad)[0])
-                group.fault(ins, text.format(line=lines[rows[at], wg], place=at), 0)
-
-        other = self.slot[results, wg] != slots
-        flying = self.result[results, wg] > done
-        flight, wait = "the wgmma at PTX line {line}, in flight", "wgmma.wait_group first"
-        other_use = "has another shape or place in the wgmma at PTX line {line}"
-        refuse(flying & other, results, f"accumulator {{place}} {other_use}, in flight: {wait}", self.line)
-        refuse(self.since[results, wg] & other, results, f"accumulator {{place}} {other_use}: wgmma.fence", self.line)
-        operands, taken = self.source[results, wg] > done, self.result[sources, wg] > done
-        refuse(operands, results, f"accumulator {{place}} is an operand of {flight}: {wait}", self.line)
-        refuse(taken, sources, f"operand register {{place}} is the result of {flight}: {wait}", self.line)
-        fence = "by another instruction at PTX line {line}, with no wgmma.fence since"
-        refuse(self.written[results, wg] > 0, results, f"accumulator {{place}} was written {fence}", self.written)
-        refuse(self.read[results, wg] > 0, results, f"accumulator {{place}} was read {fence}", self.read)
-        refuse(self.written[sources, wg] > 0, sources, f"operand register {{place}} was written {fence}", self.written)
-        self.result[results, wg], self.slot[results, wg], self.since[results, wg] = number, slots, True
-        self.source[sources, wg] = number
-        self.line[results, wg] = self.line[sources, wg] = ins.line
-        self.open[wg] = True
-        agent, warps = self._agent(wg)
-        clocks = self.cta.clocks
+        mine, index = self.warpgroups[wg], self.tracked.index
+        results, sources = ([index[row] for row in rows] for rows in (results, sources))
+        wrong = "" if mine.fenced else "no wgmma.fence before the first wgmma of the warpgroup"
+        for i, row in enumerate(results):
+            wrong = wrong or self._wrong_result(mine, row, (shape, i), f"accumulator {i}")
+        for i, row in enumerate(sources):
+            wrong = wrong or self._wrong_source(mine, row, f"operand register {i}")
+        if wrong:
+            group.fault(ins, wrong, 0)
+        number, mine.open = mine.committed + 1, True
+        for i, row in enumerate(results):
+            mine.result[row], mine.slot[row], mine.used[row], mine.line[row] = number, (shape, i), True, ins.line
+        for row in sources:
+            mine.source[row], mine.line[row] = number, ins.line
+        clocks, agent, warps = self.cta.clocks, mine.agent, mine.warps
         # every warp of the four has to know of a write, or the wgmma may start before it
         clocks.clock[agent] = np.maximum(clocks.clock[agent], clocks.clock[warps].min(axis=0))
         clocks.fenced[agent] = np.maximum(clocks.fenced[agent], clocks.fenced[warps].min(axis=0))
         return agent
 
+    @staticmethod
+    def _wrong_result(mine: Warpgroup, row: int, slot: tuple, name: str) -> str:
+        if slot != mine.slot[row]:
+            other = f"{name} has another shape or place in the wgmma at PTX line {mine.line[row]}"
+            if mine.result[row] > mine.done:
+                return f"{other}, in flight: wgmma.wait_group first"
+            if mine.used[row]:
+                return f"{other}: wgmma.fence first"
+        if mine.source[row] > mine.done:
+            return f"{name} is an operand of the wgmma at PTX line {mine.line[row]}, in flight: wgmma.wait_group first"
+        for done, line in (("written", mine.written[row]), ("read", mine.read[row])):
+            if line:
+                return f"{name} was {done} by another instruction at PTX line {line}, with no wgmma.fence since"
+        return ""
+
+    @staticmethod
+    def _wrong_source(mine: Warpgroup, row: int, name: str) -> str:
+        if mine.result[row] > mine.done:
+            return f"{name} is the result of the wgmma at PTX line {mine.line[row]}, in flight: wgmma.wait_group first"
+        if mine.written[row]:
+            line = mine.written[row]
+            return f"{name} was written by another instruction at PTX line {line}, with no wgmma.fence since"
+        return ""
+
     def commit(self, wg: int) -> None:
-        self.committed[wg] += 1
-        self.open[wg] = False
-        self.clocks[wg].append(self.cta.clocks.tick(self._agent(wg)[0]))
+        mine = self.warpgroups[wg]
+        mine.committed, mine.open = mine.committed + 1, False
+        mine.clocks.append(self.cta.clocks.tick(mine.agent))
 
     def wait(self, wg: int, left: int) -> None:
-        done = max(self.done[wg], self.committed[wg] - left)
-        if done > self.done[wg]:
-            self.done[wg] = done
-            agent, warps = self._agent(wg)
+        mine = self.warpgroups[wg]
+        if mine.committed - left > mine.done:
+            mine.done = mine.committed - left
             known = np.zeros(len(self.cta.clocks.clock), np.int64)
-            known[agent] = self.clocks[wg][done - 1]
-            self.cta.clocks.learn(warps, known, np.zeros_like(known))
+            known[mine.agent] = mine.clocks[mine.done - 1]
+            self.cta.clocks.learn(mine.warps, known, np.zeros_like(known))
