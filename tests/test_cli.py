@@ -18,7 +18,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 from torch import nn
 
-from pyvit_accel import TokenSchedule, cli, commands, demo, measure
+from pyvit_accel import TokenSchedule, cli, commands, cuda, demo, measure
 from pyvit_accel.cli import main
 from pyvit_accel.models import create_vit, digits_data, save_weights
 from pyvit_accel.output import Bar, table, write_chart, write_whole
@@ -310,6 +310,7 @@ def test_as_a_process(tmp_path):
     done = process("info")
     assert (done.returncode, done.stderr) == (0, "") or "not built" in done.stderr
     assert "lowbit_linear" in done.stdout and "W8A8" in done.stdout
+    assert f"cuda library: {cuda.status()}\n" in done.stdout
     failed = process("accelerate", "--weights", "absent.pth", "--output", "o.safetensors")
     assert (failed.returncode, failed.stdout) == (1, "") and len(failed.stderr.splitlines()) == 1
     assert process("accelerate").returncode == 2

@@ -187,10 +187,12 @@ def test_every_plan_can_be_launched(capability):
         for M, N, K in SHAPES:
             for sm_count in (1, 20, 108, 132, 148):
                 launch = launcher.plan(problem(M, N, K, w_bits), capability, sm_count, config)
-                tiles = -(-M // tokens) * -(-N // features)
+                cluster = launch.cluster  # of neighbouring tokens
+                tiles = -(-M // (tokens * cluster)) * cluster * -(-N // features)
                 assert launch.kernel.decode() == config and launch.function
-                assert 1 <= launch.grid <= tiles and launch.grid % launch.cluster == 0
-                assert launch.grid == tiles or launch.grid >= sm_count, "a persistent grid fills the GPU"
+                assert 1 <= launch.grid <= tiles and launch.grid % cluster == 0
+                filled = sm_count // cluster * cluster
+                assert launch.grid == tiles or launch.grid >= filled, "a persistent grid fills the GPU"
                 assert launch.block % 32 == 0 and 32 <= launch.block <= 1024
                 assert launch.shared_bytes <= SHARED_LIMIT[capability] * 1024
                 assert launch.param_bytes <= 1024 and launch.num_maps <= 4
