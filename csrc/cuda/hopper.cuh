@@ -29,7 +29,7 @@ __device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to TMA; __syncthreads() after it makes them visible to the block.
+// Makes initialised barriers visible to TMA, and to who meets at a barrier of the block or the cluster after it.
 __device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // Arrives without a branch.
@@ -39,6 +39,16 @@ __device__ __forceinline__ void mbarrier_arrive_if(uint64_t* barrier, bool condi
       "setp.ne.b32 p, %1, 0;\n"
       "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(shared_address(barrier)),
       "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
+// As that, at the same barrier of a block of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_if(uint64_t* barrier, uint32_t rank, bool condition) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 there;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "@p mapa.shared::cluster.u32 there, %0, %1;\n"
+      "@p mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank), "r"(static_cast<uint32_t>(condition))
       : "memory");
 }
 // Arrives, and announces bytes that TMA will bring.
@@ -75,6 +85,26 @@ __device__ __forceinline__ void tma_load(uint32_t to, const void* map, uint64_t*
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
+}
+
+// To the same place of every block of the cluster that has a bit in `blocks`, and to the same barrier of each.
+__device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const void* map, uint64_t* barrier, int c0, int c1,
+                                            int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"(blocks)
+      : "memory");
+}
+
+// ---- clusters: blocks on neighbouring SMs, which reach each other's shared memory and barriers ----
+
+// All threads of the cluster are here, and see what any of them wrote.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
 }
 
 // ---- programmatic dependent launch: a launch may begin while the one before it ends ----

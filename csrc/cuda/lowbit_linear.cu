@@ -66,14 +66,14 @@ bool runs_on(const LowbitLinearConfig& config, int capability) {
 }
 
 int64_t tiles(const LowbitLinearConfig& config, const Epilogue& e) {
-  return ceil_div(e.M, config.tokens) * ceil_div(e.N, config.features);
+  return ceil_div(e.M, config.tokens * config.cluster) * config.cluster * ceil_div(e.N, config.features);
 }
 
 // Clocks until the busiest SM has done its tiles.
 double clocks(const LowbitLinearConfig& config, const LowbitLinear& p, int sm_count) {
   const double area = static_cast<double>(config.features) * config.tokens;
   const double products = area * p.K / config.macs_per_clock;
-  const double bytes = p.K * (config.features * p.w_bits / 8.0 + config.tokens) / L2_BYTES_PER_CLOCK;
+  const double bytes = p.K * (config.features * p.w_bits / 8.0 / config.cluster + config.tokens) / L2_BYTES_PER_CLOCK;
   const int64_t of_sm = ceil_div(tiles(config, p.epilogue), sm_count);
   return of_sm * (std::max(products, bytes) + area * EPILOGUE_CLOCKS) +
          ceil_div(of_sm, config.blocks_per_sm) * BLOCK_CLOCKS;

@@ -57,6 +57,7 @@ struct LowbitLinearConfig {
   int32_t macs_per_clock;  // of an SM, int8 products that its instruction makes
   // Fills grid, parameters, tensor maps, and cluster where it is not 1; the rest of launch is. The problem is valid.
   void (*prepare)(const LowbitLinear& problem, const LowbitLinearConfig& config, int sm_count, Launch& launch);
+  int32_t cluster = 1;  // blocks, of neighbouring tokens, that get their weights in one copy from L2
 };
 
 struct LowbitLinearConfigs {

@@ -5,15 +5,16 @@
 //     y         (M, N)  float32 or int8 codes, epilogue.cuh
 //
 // The grid is persistent: a block takes tiles blockIdx.x, + gridDim.x .. of FEATURES x TOKENS. One thread copies ahead, 128
-// inputs a stage, as far as there are stages, across tiles too; 128 threads (a consumer) multiply each 128 features:
+// inputs a stage, as far as there are stages, across tiles too; 128 threads (a consumer) multiply each 128 features. Large
+// tiles come in clusters of two blocks, of the same features: each copies half of the weights, to both:
 //
 //     global                   shared, 128-byte swizzle           registers
 //     x rows of 128 bytes      [TOKENS][128]                      never: operand B of wgmma is read from shared memory
 //     packed, 4 chunks         [FEATURES / 16][4][chunk]          ld.shared.v4: A of two m64 wgmmas (4 bits: after unpacking)
 //
-//     producer    wait empty[i]   announce, copy x, copy w                       (i goes round the stages)
+//     producer    wait empty[i]   announce, copy x, copy w (to all blocks of the cluster); i goes round the stages
 //     consumer    wait full[i]    4 steps of 32 inputs: load A, two wgmmas, wait for those of the step before
-//                                 after the first of them all of stage i - 1 is read: arrive at empty[i - 1]
+//                                 after the first of them all of stage i - 1 is read: arrive at empty[i - 1] (of all blocks)
 //
 // So the loads and the unpacking of a step run under the products of the step before, whose A is in other registers. What
 // lies beyond M, N and K arrives as zeros from TMA; chunks beyond the last, which unpack to -8 at 4 bits, are not
@@ -30,21 +31,30 @@
 namespace pyvit_accel {
 namespace {
 
+// Of this block in its cluster.
+template <class Tile>
+__device__ __forceinline__ uint32_t rank() {
+  return blockIdx.x % Tile::CLUSTER;
+}
+
 struct Corner {
   int m, n;  // token, feature
 };
 
-// The tiles of y.
+// The tiles of y that a cluster takes: as many tiles of tokens as it has blocks, of the same features.
 template <class Tile>
 struct Tiles {
+  static constexpr int TOKENS = Tile::TOKENS * Tile::CLUSTER;
   uint32_t m, n;
 
   __device__ __forceinline__ explicit Tiles(const Epilogue& e)
-      : m((e.M + Tile::TOKENS - 1) / Tile::TOKENS), n((e.N + Tile::FEATURES - 1) / Tile::FEATURES) {}
-  __device__ __forceinline__ uint32_t count() const { return m * n; }
-  __device__ __forceinline__ Corner corner(uint32_t tile) const {
+      : m((e.M + TOKENS - 1) / TOKENS), n((e.N + Tile::FEATURES - 1) / Tile::FEATURES) {}
+  __device__ __forceinline__ uint32_t first() const { return blockIdx.x / Tile::CLUSTER; }
+  __device__ __forceinline__ uint32_t step() const { return gridDim.x / Tile::CLUSTER; }
+  __device__ __forceinline__ uint32_t end() const { return m * n; }
+  __device__ __forceinline__ Corner corner(uint32_t tile) const {  // of this block's
     const TileIndex index = tile_index(tile, Tile::GROUP_M, m, n);
-    return {static_cast<int>(index.m * Tile::TOKENS), static_cast<int>(index.n * Tile::FEATURES)};
+    return {static_cast<int>(index.m * TOKENS + rank<Tile>() * Tile::TOKENS), static_cast<int>(index.n * Tile::FEATURES)};
   }
 };
 
@@ -53,7 +63,7 @@ template <class Tile>
 struct Stages {
   uint32_t base;    // shared-memory address
   uint64_t* full;   // 1 arrival, the producer's, and the bytes of a stage
-  uint64_t* empty;  // an arrival of each consumer warp
+  uint64_t* empty;  // an arrival of each consumer warp of the cluster: what a block copies goes to all of its blocks
   int stage = 0;
   uint32_t parity = 0;
 
@@ -74,16 +84,26 @@ __device__ __forceinline__ void produce(const HopperParams& p, Stages<Tile> at) 
   hopper::prefetch_tensor_map(p.x_map);
   hopper::prefetch_tensor_map(p.w_map);
   const Tiles<Tile> tiles(p.epilogue);
-  for (uint32_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+  for (uint32_t tile = tiles.first(); tile < tiles.end(); tile += tiles.step()) {
     const Corner corner = tiles.corner(tile);
     for (int chunk = 0; chunk < p.chunks; chunk += Tile::CHUNKS, at.next()) {
       hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
       uint64_t* const full = at.full + at.stage;
       hopper::mbarrier_arrive_expect(full, Tile::STAGE_BYTES);  // all of it, though some may lie outside the tensors
       hopper::tma_load(at.x(), p.x_map, full, chunk * CHUNK, corner.m);
-      hopper::tma_load(at.w(), p.w_map, full, 0, chunk / Tile::CHUNKS * Tile::PACKED_LINES, corner.n / TILE);
+      const int line = chunk / Tile::CHUNKS * Tile::PACKED_LINES, first = corner.n / TILE;
+      if constexpr (Tile::CLUSTER == 1) {
+        hopper::tma_load(at.w(), p.w_map, full, 0, line, first);
+      } else {
+        constexpr uint16_t ALL = (1 << Tile::CLUSTER) - 1;
+        const uint32_t part = rank<Tile>();
+        hopper::tma_load_to(ALL, at.w() + part * Tile::W_PART_BYTES, p.w_map, full, 0, line, first + part * Tile::W_PART_TILES);
+      }
     }
   }
+  // The other blocks still arrive here, which they could not if this one were gone.
+  if constexpr (Tile::CLUSTER > 1)
+    for (int i = 0; i < Tile::STAGES; ++i, at.next()) hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
 }
 
 // Products of 32 inputs: sums[i] of the i-th m64 of this consumer. w: the address of this lane's weights, chunk 0; x: the
@@ -117,7 +137,10 @@ __device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][Tile::TOKENS / 
   uint64_t* read = at.empty;  // of the stage before
   const auto give_back = [&](bool any) {
     __syncwarp();
-    hopper::mbarrier_arrive_if(read, any && lane == 0);
+    if constexpr (Tile::CLUSTER == 1)
+      hopper::mbarrier_arrive_if(read, any && lane == 0);
+    else
+      hopper::mbarrier_arrive_if(read, lane, any && lane < Tile::CLUSTER);  // lane i at block i
   };
 
   const int whole = chunks / Tile::CHUNKS * Tile::CHUNKS;
@@ -186,7 +209,7 @@ template <class Tile>
 __device__ __forceinline__ void consume(const HopperParams& p, Stages<Tile> at) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Tiles<Tile> tiles(p.epilogue);
-  for (uint32_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+  for (uint32_t tile = tiles.first(); tile < tiles.end(); tile += tiles.step()) {
     const Corner corner = tiles.corner(tile);
     if (p.epilogue.residual) prefetch_residual<Tile>(p.epilogue, corner.m, corner.n + warp * PAIR);
     int32_t sums[2][Tile::TOKENS / 2];
@@ -211,11 +234,14 @@ __device__ __forceinline__ void lowbit_linear(const HopperParams& p) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::STAGES; ++i) {
       hopper::mbarrier_init(stages.full + i, 1);
-      hopper::mbarrier_init(stages.empty + i, 4 * Tile::CONSUMERS);
+      hopper::mbarrier_init(stages.empty + i, 4 * Tile::CONSUMERS * Tile::CLUSTER);
     }
     hopper::fence_mbarrier_init();
   }
-  __syncthreads();
+  if constexpr (Tile::CLUSTER == 1)
+    __syncthreads();
+  else
+    hopper::cluster_sync();
   hopper::allow_launch_after();
   hopper::await_launches_before();  // nothing above reads or writes global memory
   if (threadIdx.x < 128 * Tile::CONSUMERS) {
@@ -237,10 +263,11 @@ void prepare(const LowbitLinear& problem, const LowbitLinearConfig&, int sm_coun
   params.chunks = static_cast<int32_t>(chunks);
   launch.param_bytes = sizeof(params);
   *reinterpret_cast<HopperParams*>(launch.params) = params;
-  launch.cluster = 1;
+  launch.cluster = Tile::CLUSTER;
   launch.dependent = 1;
-  const int64_t tiles = ceil_div(e.M, Tile::TOKENS) * ceil_div(e.N, Tile::FEATURES);
-  launch.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, int64_t{Tile::BLOCKS_PER_SM} * sm_count));
+  const int64_t tiles = ceil_div(e.M, Tile::TOKENS * Tile::CLUSTER) * ceil_div(e.N, Tile::FEATURES);
+  const int64_t clusters = std::max(1, sm_count * Tile::BLOCKS_PER_SM / Tile::CLUSTER);
+  launch.grid = static_cast<uint32_t>(std::min(tiles, clusters) * Tile::CLUSTER);
 
   launch.num_maps = 2;
   TensorMap& x = launch.maps[0];
@@ -254,7 +281,7 @@ void prepare(const LowbitLinear& problem, const LowbitLinearConfig&, int sm_coun
   w.rank = 3, w.element_bytes = 1, w.swizzle = 1, w.offset = offsetof(HopperParams, w_map);
   w.dims[0] = 128, w.dims[1] = chunks * chunk_bytes(Tile::W_BITS) / 128, w.dims[2] = ceil_div(e.N, TILE);
   w.strides[0] = 128, w.strides[1] = e.w_stride;
-  w.box[0] = 128, w.box[1] = Tile::PACKED_LINES, w.box[2] = Tile::FEATURES / TILE;
+  w.box[0] = 128, w.box[1] = Tile::PACKED_LINES, w.box[2] = Tile::W_PART_TILES;
 }
 
 }  // namespace
@@ -290,7 +317,7 @@ namespace {
 template <class Tile>
 LowbitLinearConfig describe(const char* name, const void* function) {
   return {name, function, 90, Tile::FEATURES, Tile::TOKENS, Tile::W_BITS, Tile::THREADS, Tile::SHARED_BYTES,
-          Tile::BLOCKS_PER_SM, 4096, prepare<Tile>};
+          Tile::BLOCKS_PER_SM, 4096, prepare<Tile>, Tile::CLUSTER};
 }
 
 }  // namespace

@@ -6,22 +6,23 @@
 //     products        FEATURES TOKENS / 128, the T/2 clocks of each m64nTk32, FEATURES / 64 of them
 //     shared memory   read:    32 TOKENS by every m64 (x is operand B), and the packed weights once, to registers
 //                     written: what TMA brings, 32 TOKENS + (32 | 16) FEATURES at (8 | 4) bits
-//     L2              what TMA brings
+//     L2              what TMA brings, the weights once for the CLUSTER blocks that share them
 //
-// in bytes per clock of the products, that is 64 + 8192 / TOKENS + 4096 / FEATURES of shared memory and 4096 / TOKENS + 4096 /
-// FEATURES of L2 at 8 bits (x and weights), 64 + 4096 / TOKENS + 4096 / FEATURES and 2048 / TOKENS + 4096 / FEATURES at 4:
+// in bytes per clock of the products, that is 64 + 8192 / TOKENS + 4096 / FEATURES of shared memory and 4096 / TOKENS /
+// CLUSTER + 4096 / FEATURES of L2 at 8 bits (weights and x), 64 + 4096 / TOKENS + 4096 / FEATURES and 2048 / TOKENS /
+// CLUSTER + 4096 / FEATURES at 4:
 //
-//     features x tokens   shared memory (128)   L2 (24 to 46)   registers of a lane: sums + two steps of A
-//                         8 bits    4 bits      8 bits  4 bits
-//     128 x 128           160       128         64      48      128 + 16, two blocks an SM
-//     256 x 128           144       112         48      32      128 + 16
-//     256 x 176           127       103         39      28      176 + 16 (with 192 + 16 the epilogue spills)
+//     features x tokens   cluster   shared memory (128)   L2 (24 to 46)   registers of a lane: sums + two steps of A
+//                                   8 bits    4 bits      8 bits  4 bits
+//     128 x 128           1         160       128         64      48      128 + 16, two blocks an SM
+//     256 x 128           2         144       112         32      24      128 + 16
+//     256 x 176           2         127       103         28      22      176 + 16 (with 192 + 16 the epilogue spills)
 //
-// So 256 x 176 is the only one that keeps the tensor cores busy at 8 bits, and 128 x 128 takes 64 / 40 = 1.6 times the time
-// of its products. But at K = 768 a tile of 256 x 176 is 24 x 352 clocks of products, and then an epilogue of some 12
-// instructions an output, 40 with GELU, at 128 lanes a clock: 4200 to 14000 clocks in which the tensor cores rest. Two blocks
-// of 128 x 128 on an SM fill each other's. And small M or N leave SMs without a tile of the large ones. Hence all of them;
-// the plan (lowbit_linear.cu) chooses. With 64 tokens or fewer, memory is the floor: the weights come once, whatever the tile.
+// So 256 x 176 is the one that keeps the tensor cores busy at 8 bits, and 128 x 128 takes 64 / 40 = 1.6 times the time of its
+// products. But at K = 768 a tile of 256 x 176 is 24 x 352 clocks of products, and then an epilogue of some 12 instructions
+// an output, 40 with GELU, at 128 lanes a clock: 4200 to 14000 clocks in which the tensor cores rest. Two blocks of 128 x 128
+// on an SM fill each other's. And small M or N leave SMs without a tile of the large ones. Hence all of them; the plan
+// (lowbit_linear.cu) chooses. With 64 tokens or fewer, memory is the floor: the weights come once, whatever the tile.
 //
 // Registers. An SM has 512 a lane in each of its four quarters, and warp w is in quarter w % 4. A fifth warp of a block, for
 // the copies, would take a quarter from 2 to 3 warps (two blocks an SM) and leave 168 to each of them: too few for 128 sums,
@@ -42,17 +43,19 @@ struct HopperTile {
   static constexpr int W_BITS = W_BITS_, CONSUMERS = CONSUMERS_, TOKENS = TOKENS_;
   static constexpr int FEATURES = 128 * CONSUMERS;
   static constexpr int BLOCKS_PER_SM = CONSUMERS == 1 ? 2 : 1;
+  static constexpr int CLUSTER = CONSUMERS == 1 ? 1 : 2;  // blocks of the same features, each of which copies its share to all
   static constexpr int THREADS = 128 * (CONSUMERS + 1);  // the last 128 are the producer's
   static constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : 240, PRODUCER_REGISTERS = 24;
 
-  static constexpr int GROUP_M = 16;  // token tiles that in turn share a column of weights in L2; 264 blocks: 16 x 16.5
+  static constexpr int GROUP_M = 16 / CLUSTER;  // token tiles that in turn share a column of weights in L2; 264: 16 x 16.5
 
   // A stage: x as TOKENS lines of 128 inputs, then the packed tiles, each as lines of 128 bytes of its four chunks.
   static constexpr int CHUNKS = 4;
   static constexpr int PACKED_BYTES = CHUNKS * chunk_bytes(W_BITS), PACKED_LINES = PACKED_BYTES / 128;
   static constexpr int X_BYTES = TOKENS * CHUNKS * CHUNK, W_BYTES = FEATURES / TILE * PACKED_BYTES;
   static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
-  static_assert(X_BYTES % 1024 == 0 && W_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
+  static constexpr int W_PART_BYTES = W_BYTES / CLUSTER, W_PART_TILES = FEATURES / TILE / CLUSTER;  // that a block copies
+  static_assert(X_BYTES % 1024 == 0 && W_PART_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
   // As many stages as shared memory holds, of 227 KiB, or 113 when two blocks share it; each has two barriers of 8 bytes.
   static constexpr int SHARED_LIMIT = (BLOCKS_PER_SM == 2 ? 113 : 227) * 1024;
@@ -68,7 +71,7 @@ struct HopperTile {
 // The parameters of every kernel.
 struct HopperParams {
   alignas(64) uint8_t x_map[128];  // (K, M), box 128 x TOKENS, 128-byte swizzle
-  alignas(64) uint8_t w_map[128];  // (128, lines of a packed row, tiles), box 128 x PACKED_LINES x FEATURES / 16, likewise
+  alignas(64) uint8_t w_map[128];  // (128, lines of a packed row, tiles), box 128 x PACKED_LINES x W_PART_TILES, likewise
   Epilogue epilogue;
   int32_t chunks;  // of 32 inputs
 };
