@@ -250,45 +250,66 @@ def test_goals_name_what_is_measured():
 # ---- correctness
 
 
-class Broken:
-    """A launcher that leaves its last element unwritten, writes beyond it, or writes into its input."""
-
-    def __init__(self, how: str) -> None:
-        self.how, self.args, self.kwargs = how, (torch.arange(8.0),), {}
-
-    def __call__(self):
-        x = self.args[0]
-        y = torch.empty_like(x)
-        y[:8] = 2 * x
-        if self.how == "unwritten":
-            y = torch.empty_like(x)
-            y[:7] = 2 * x[:7]
-        elif self.how == "beyond":
-            y.as_strided((9,), (1,))[8] = 1.0
-        elif self.how == "before":
-            y.as_strided((1,), (1,), y.storage_offset() - 3)[0] = 1.0
-        elif self.how == "input":
-            x[3] = 5.0
-        return y
+def doubled(x):
+    y = torch.empty_like(x)
+    y[:8] = 2 * x
+    return y
 
 
-def test_guards_catch_writes_outside():
+def doubled_but_the_last(x):
+    y = torch.empty_like(x)
+    y[:7] = 2 * x[:7]
+    return y
+
+
+def doubled_and_one_beyond(x):
+    y = doubled(x)
+    y.as_strided((9,), (1,))[8] = 1.0
+    return y
+
+
+def doubled_and_one_before(x):
+    y = doubled(x)
+    y.as_strided((1,), (1,), y.storage_offset() - 3)[0] = 1.0
+    return y
+
+
+def doubled_in_place(x):
+    y = doubled(x)
+    x[3] += 1.0
+    return y
+
+
+@pytest.mark.parametrize("op, message", [(doubled_and_one_beyond, "wrote outside"), (doubled_and_one_before, "wrote")])
+def test_guards_catch_writes_outside(op, message):
     guard = guarded.Guarded(guarded.NAN)
-    for how, message in (("none", None), ("beyond", "wrote outside"), ("before", "wrote outside")):
-        with guard:
-            result = Broken(how)()
-        assert torch.equal(result, 2 * torch.arange(8.0))
-        if message is None:
-            guard.check()
-        else:
-            with pytest.raises(AssertionError, match=message):
-                guard.check()
     with guard:
+        assert torch.equal(doubled(torch.arange(8.0)), 2 * torch.arange(8.0))
+    guard.check()
+    with guard:
+        op(torch.arange(8.0))
+    with pytest.raises(AssertionError, match=message):
+        guard.check()
+
+
+def test_guarded_memory_is_poisoned():
+    with guarded.Guarded(guarded.NAN):
         assert torch.empty(3).isnan().all() and (torch.empty(3, dtype=torch.int8) == -1).all()
 
 
+def test_what_is_left_unwritten_or_written_to_is_found():
+    from _problems import Call
+
+    from bench.gpu.ops import check
+
+    check(Call(doubled, (torch.arange(8.0),)), "owner", "cpu", exact=True)
+    with pytest.raises(AssertionError, match=r"differ|other bits"):
+        check(Call(doubled_but_the_last, (torch.arange(8.0),)), "owner", "cpu", exact=True)
+    with pytest.raises(AssertionError, match="an input was written to"):
+        check(Call(doubled_in_place, (torch.arange(8.0),)), "owner", "cpu", exact=True)
+
+
 def test_an_op_is_checked_and_a_wrong_one_found(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))
     from _problems import one_call_of_each
 
     from bench.gpu.ops import check
