@@ -19,7 +19,20 @@ checked. Float results of matrix products are rounded once, where hardware has a
 
 from __future__ import annotations
 
-from . import access, barriers, bits, bulk, cvt, matrix, mbarriers, scalar, warp, wgmma  # noqa: F401 - they register their instructions
+from . import (  # noqa: F401 - they register their instructions
+    access,
+    barriers,
+    bits,
+    bulk,
+    compare,
+    copies,
+    cvt,
+    matrix,
+    mbarriers,
+    scalar,
+    warp,
+    wgmma,
+)
 from .machine import Machine
 from .memory import Memory, TensorMap
 from .program import Program, load
@@ -28,16 +41,9 @@ from .report import Fault, NotEmulated
 __all__ = ["Fault", "Memory", "NotEmulated", "Program", "TensorMap", "load", "run"]
 
 
-def run(
-    program: Program, grid, block, params: bytes, memory: Memory, shared: int = 0, cluster: int = 1, complete: bool = True
-) -> None:
-    """One launch.
-
-    grid, block  numbers, or tuples of up to three
-    params       the bytes of the parameters, laid out as the entry has them
-    shared       bytes of dynamic shared memory
-    complete     every byte of "write" allocations must be written
+def run(program: Program, grid, block, params: bytes, memory: Memory, **options) -> None:
+    """One launch; arguments and options are those of Machine.
 
     Raises Fault for what the kernel does wrong, ValueError for a launch that is.
     """
-    Machine(program, grid, block, params, memory, shared, cluster).run(complete)
+    Machine(program, grid, block, params, memory, **options).run()

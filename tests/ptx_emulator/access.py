@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import BLOCK_SHIFT, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOWS, BadAccess, space_of
-from .parse import SINK, Imm, Symbol, Vector
+from .memory import BLOCK_SHIFT, SHARED_WINDOW, WINDOWS, BadAccess, check_alignment, space_of
+from .parse import SINK, Symbol, Vector
 from .program import TYPES, handles
 from .report import NotEmulated
 
@@ -47,20 +47,19 @@ def read_bytes(g, ins, where: str, addresses: np.ndarray, nbytes: int) -> np.nda
             cta.shared.locate(at, nbytes, "read"), g.warps[part], g.cluster_threads[part], ins.line
         ), nbytes)  # fmt: skip
     if where == "param":
-        return _inside(g.cta.machine.params, addresses, nbytes, "parameters")
-    local = g.cta.local
-    at = addresses.astype(np.int64)[:, None] + np.arange(nbytes)
-    if (at < 0).any() or (at >= local.shape[1]).any():
-        lane = int(np.argwhere((at < 0) | (at >= local.shape[1]))[0][0])
-        raise BadAccess(lane, f"out-of-bounds local read at byte {at[lane, 0]} of {local.shape[1]}")
-    return local[g.threads[:, None], at]
+        return g.cta.machine.params[_inside(addresses, nbytes, "param read", len(g.cta.machine.params))]
+    return g.cta.local[g.threads[:, None], _inside(addresses, nbytes, "local read", g.cta.machine.program.local_bytes)]
 
 
-def _inside(data: np.ndarray, addresses, nbytes, what) -> np.ndarray:
+def _inside(addresses, nbytes: int, what: str, size: int) -> np.ndarray:
+    """Byte indices (n, nbytes)."""
+    check_alignment(addresses, nbytes, what)
     at = addresses.astype(np.int64)[:, None] + np.arange(nbytes)
-    if (at < 0).any() or (at >= len(data)).any():
-        raise BadAccess(0, f"read of {nbytes} bytes at byte {at[0, 0]} of the {what}, which have {len(data)}")
-    return data[at]
+    outside = ((at < 0) | (at >= size)).any(axis=1)
+    if outside.any():
+        lane = int(outside.argmax())
+        raise BadAccess(lane, f"out-of-bounds {what} of {nbytes} bytes at byte {at[lane, 0]} of {size}")
+    return at
 
 
 def each_block(g, addresses: np.ndarray, access, nbytes: int = 0):
@@ -97,11 +96,8 @@ def write_bytes(g, ins, where: str, addresses: np.ndarray, data: np.ndarray) -> 
             cta.shared.locate(at, nbytes, "write"), data[part], g.warps[part], g.cluster_threads[part], ins.line
         ))  # fmt: skip
     elif where == "local":
-        local = g.cta.local
-        at = addresses.astype(np.int64)[:, None] + np.arange(nbytes)
-        if (at < 0).any() or (at >= local.shape[1]).any():
-            raise BadAccess(0, f"out-of-bounds local write at byte {at[0, 0]} of {local.shape[1]}")
-        local[g.threads[:, None], at] = data
+        at = _inside(addresses, nbytes, "local write", g.cta.machine.program.local_bytes)
+        g.cta.local[g.threads[:, None], at] = data
     else:
         raise BadAccess(0, f"write to {where} memory")
 
@@ -225,98 +221,5 @@ def get_rank(ins, program):
     def step(g):
         rank = np.asarray(read(g)).astype(np.uint64) >> np.uint64(BLOCK_SHIFT) & np.uint64(0xFF)
         write(g, np.where(rank == 0, g.cta.rank, rank.astype(np.int64) - 1).astype(np.uint32))
-
-    return step
-
-
-def local_address(program, operand, ins):
-    """cvta of a local variable; see LOCAL_WINDOW."""
-    return LOCAL_WINDOW + program.local_offsets[operand.name], PARAM_WINDOW
-
-
-# ---- cp.async: an agent of every warp copies, and what it brought counts as the thread's own when that has waited.
-
-
-def copies(g, ins, warp: int) -> list:
-    """[groups committed, copies since]: a copy is (block's shared memory, byte indices, clock, threads)."""
-    return g.cta.copies.setdefault(warp, [[], []])
-
-
-@handles("cp")
-def cp(ins, program):
-    if ins.mods[:2] == ("async", "bulk"):
-        from .bulk import bulk
-
-        return bulk(ins, program)
-    if ins.mods[:1] != ("async",):
-        raise NotEmulated(ins.line, ins.text)
-    if ins.mods[1] in ("commit_group", "wait_group", "wait_all"):
-        return _groups(ins, program)
-    if ins.mods[1] == "mbarrier":
-        raise NotEmulated(ins.line, ins.text)
-    to, source = (program.address(o, ins) for o in ins.operands[:2])
-    if not isinstance(ins.operands[2], Imm):
-        raise NotEmulated(ins.line, ins.text)
-    nbytes = ins.operands[2].bits
-    rest = ins.operands[3] if len(ins.operands) > 3 and "L2::cache_hint" not in ins.mods else None
-    if rest is not None and getattr(rest, "bank", 32) == 1:
-        ignore, size = program.reader(rest, "pred", ins), None
-    else:
-        ignore, size = None, None if rest is None else program.reader(rest, "u32", ins)
-    if nbytes not in (4, 8, 16) or ("cg" in ins.mods and nbytes != 16):
-        raise NotEmulated(ins.line, ins.text, f"{nbytes} bytes")
-
-    def step(g):
-        n = len(g.threads)
-        wanted = np.full(n, nbytes) if size is None else np.broadcast_to(np.asarray(size(g)).astype(np.int64), (n,))
-        if ignore is not None:
-            wanted = np.where(ignore(g), 0, wanted)
-        if (wanted > nbytes).any():
-            raise BadAccess(int((wanted > nbytes).argmax()), f"src-size {wanted.max()} of a copy of {nbytes} bytes")
-        data = np.zeros((n, nbytes), np.uint8)
-        addresses = source(g)
-        for count in np.unique(wanted[wanted > 0]):
-            some = np.flatnonzero(wanted == count)
-            try:
-                if int(count) == nbytes:
-                    data[some] = g.cta.machine.memory.read(addresses[some], nbytes)
-                else:
-                    for byte in range(int(count)):
-                        data[some, byte] = g.cta.machine.memory.read(addresses[some] + np.uint64(byte), 1)[:, 0]
-            except BadAccess as bad:
-                raise BadAccess(int(some[bad.lane]), bad.reason) from None
-        shared, clocks = g.cta.shared, g.cta.clocks
-        at = shared.locate(to(g), nbytes, "write")
-        for warp in g.warp_ids:
-            clocks.start(clocks.copy + warp, warp)
-        agents = clocks.copy + g.warps
-        shared.write(at, data, agents, g.cluster_threads, ins.line)
-        for warp in g.warp_ids:
-            some = np.flatnonzero(g.warps == warp)
-            agent = int(clocks.copy + warp)
-            pending = copies(g, ins, int(warp))[1]
-            pending.append((at[some], agent, int(clocks.clock[agent, agent]), g.cluster_threads[some]))
-
-    return step
-
-
-def _groups(ins, program):
-    keep = ins.operands[0].bits if ins.operands else 0
-
-    def step(g):
-        for warp in g.whole_warps(ins) + g.cta.first_warp:
-            groups, open_ = copies(g, ins, int(warp))
-            clocks = g.cta.clocks
-            if ins.mods[1] != "wait_group":
-                groups.append(list(open_))
-                open_.clear()
-                clocks.tick(int(clocks.copy + warp))
-            if ins.mods[1] != "commit_group":
-                done = groups[: len(groups) - keep] if keep else list(groups)
-                del groups[: len(done)]
-                for copy in (c for group in done for c in group):
-                    at, agent, clock, threads = copy
-                    clocks.clock[warp, agent] = max(clocks.clock[warp, agent], clock)
-                    g.cta.shared.settle(at, agent, clock, int(warp), threads)
 
     return step

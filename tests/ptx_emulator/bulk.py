@@ -1,16 +1,18 @@
 """Bulk copies and tensor maps: the copy engine of sm_90, working for the thread that issues.
 
-A copy is done when it is issued, but in the name of an agent of its own: only who waited for the mbarrier, or for the
-bulk group, knows of it, so whatever reads too early or overwrites too soon is a race.
+A copy is done when it is issued, but in the name of another agent: that of the mbarrier which hears of it, or of the
+warp's copies out of shared memory. Only who waited for the mbarrier, or for the bulk group, knows of it, so whatever
+reads too early or overwrites too soon is a race.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .access import PARAM_WINDOW, read_bytes
+from .access import read_bytes
+from .copies import literal
 from .mbarriers import addresses_of, check_initialised, complete, mbarrier_at
-from .memory import BLOCK_SHIFT, BadAccess, TensorMap, space_of
+from .memory import BLOCK_SHIFT, PARAM_WINDOW, BadAccess, TensorMap, space_of
 from .parse import Address
 from .report import NotEmulated
 
@@ -24,9 +26,9 @@ def swizzled(at: np.ndarray, swizzle: int) -> np.ndarray:
 
 def bulk(ins, program):
     mods = ins.mods[2:]
-    if mods[0] in ("commit_group", "wait_group"):
+    if mods in (("commit_group",), ("wait_group",), ("wait_group", "read")):
         return _groups(ins)
-    if "prefetch" in mods:
+    if mods[:1] == ("prefetch",):
         return lambda g: None
     known = {"tensor", "1d", "2d", "3d", "4d", "5d", "shared::cluster", "shared::cta", "global", "tile", "bulk_group",
              "mbarrier::complete_tx::bytes", "multicast::cluster", "L2::cache_hint"}  # fmt: skip
@@ -34,6 +36,10 @@ def bulk(ins, program):
         raise NotEmulated(ins.line, ins.text, f".{sorted(set(mods) - known)[0]}")
     tensor = "tensor" in mods
     spaces = [m for m in mods if m in ("shared::cluster", "shared::cta", "global")]
+    ways = ("mbarrier::complete_tx::bytes", "bulk_group")
+    way = [m for m in mods if m in ways]
+    if len(spaces) != 2 or way != [ways[spaces[0] == "global"]]:
+        raise NotEmulated(ins.line, ins.text)
     if spaces[0].startswith("shared"):
         return _into_shared(ins, program, tensor, spaces[1])
     return _out_of_shared(ins, program, tensor)
@@ -92,6 +98,8 @@ def _into_shared(ins, program, tensor: bool, source_space: str):
     else:
         source, size = program.address(ins.operands[1], ins), program.reader(ins.operands[2], "u32", ins)
         rest = ins.operands[3:]
+    if len(rest) != 1 + multicast + ("L2::cache_hint" in ins.mods):
+        raise NotEmulated(ins.line, ins.text, f"{len(ins.operands)} operands")
     barrier_at = addresses_of(program, rest[0], ins)
     mask = program.reader(rest[1], "u16", ins) if multicast else None
 
@@ -103,8 +111,7 @@ def _into_shared(ins, program, tensor: bool, source_space: str):
         where = [np.broadcast_to(np.asarray(c(g)), (n,)) for c in coordinates] if tensor else None
         for lane in range(n):
             warp = int(g.warps[lane])
-            agent = clocks.bulk + warp
-            clocks.start(agent, [warp])
+            one = g.among(g.threads == g.threads[lane])
             swizzle, align = 0, 16
             if tensor:
                 box = _map_of(g, int(map_address(g)[lane]))
@@ -115,33 +122,36 @@ def _into_shared(ins, program, tensor: bool, source_space: str):
                 if sizes[lane] % 16 or sizes[lane] == 0:
                     raise BadAccess(lane, f"a bulk copy of {sizes[lane]} bytes, no multiple of 16")
                 start = source(g)[lane] + np.arange(0, int(sizes[lane]), 16, dtype=np.uint64)
-                one = g.among(g.threads == g.threads[lane])
-                data = read_for(one, ins, source_space, start).reshape(-1)
             ranks = [r for r in range(16) if int(masks[lane]) >> r & 1] if multicast else [None]
             for rank in ranks:
+                address = int(barriers[lane])
+                if rank is not None:
+                    address = (address & ((1 << BLOCK_SHIFT) - 1)) | (rank + 1) << BLOCK_SHIFT
                 cta, offset = _target(g, int(targets[lane]), rank, lane)
+                owner, inside, _ = mbarrier_at(g, address, lane)
+                check_initialised(g, owner, inside, lane, proxy=True)
+                agent = clocks.mbarrier(owner.rank, inside)
+                if not tensor:
+                    data = read_for(one, ins, source_space, start, agent).reshape(-1)
                 at = cta.shared.locate(np.array([offset], np.uint64), len(data), "bulk write", align)
                 if swizzle:
                     at = swizzled(at, swizzle)
                     if (at >= cta.shared.size).any():
                         raise BadAccess(lane, "a swizzled box reaches beyond shared memory")
-                cta.shared.write(at, data[None], agent, None, ins.line)
-                address = int(barriers[lane])
-                if rank is not None:
-                    address = (address & ((1 << BLOCK_SHIFT) - 1)) | (rank + 1) << BLOCK_SHIFT
-                owner, inside, _ = mbarrier_at(g, address, lane)
-                check_initialised(g, owner, inside, lane, proxy=True)
-                complete(g, address, len(data), clocks.snapshot([agent]), lane)
+                cta.shared.write(at, data[None], agent, None, ins.line, knows=warp)
+                clock = clocks.tick(agent)
+                clocks.copied[agent] = clock, one, ins
+                complete(g, address, len(data), clocks.only(agent, clock), lane)
 
     return step
 
 
-def read_for(g, ins, space: str, addresses: np.ndarray) -> np.ndarray:
+def read_for(g, ins, space: str, addresses: np.ndarray, agent: int) -> np.ndarray:
     """Pieces of 16 bytes: of global memory, or of the own block's shared memory by the copy engine."""
     if space == "global":
         return read_bytes(g, ins, "global", addresses, 16)
     at = g.cta.shared.locate(addresses, 16, "bulk read")
-    return g.cta.shared.read(at, g.cta.clocks.bulk + int(g.warps[0]), None, ins.line)
+    return g.cta.shared.read(at, agent, None, ins.line, knows=int(g.warps[0]))
 
 
 def _target(g, address: int, rank: int | None, lane: int):
@@ -164,9 +174,7 @@ def _out_of_shared(ins, program, tensor: bool):
     def step(g):
         n, clocks, memory = len(g.threads), g.cta.clocks, g.cta.machine.memory
         for lane in range(n):
-            agent = clocks.bulk + int(g.warps[lane])
-            clocks.start(agent, [int(g.warps[lane])])
-            swizzle, align = 0, 16
+            warp, swizzle, align = int(g.warps[lane]), 0, 16
             if tensor:
                 box = _map_of(g, int(map_address(g)[lane]))
                 where = [int(np.broadcast_to(c(g), (n,))[lane]) for c in coordinates]
@@ -180,29 +188,35 @@ def _out_of_shared(ins, program, tensor: bool):
                 inside = np.ones(nbytes, bool)
             shared = g.cta.shared
             at = shared.locate(source(g)[lane : lane + 1], len(address), "bulk read", align)
-            data = shared.read(swizzled(at, swizzle), agent, None, ins.line)[0]
+            at = swizzled(at, swizzle)
+            if (at >= shared.size).any():
+                raise BadAccess(lane, "a swizzled box reaches beyond shared memory")
+            data = shared.read(at, clocks.bulk + warp, None, ins.line, knows=warp)[0]
             who = np.full(int(inside.sum()), int(g.threads[lane]) + g.cta.index * g.cta.machine.threads)
             memory.write(address[inside].astype(np.uint64), data[inside][:, None], who)
-            g.cta.bulk_open.add(int(g.warps[lane]))
+            one = g.among(g.threads == g.threads[lane])
+            groups = g.cta.bulk_groups.setdefault(int(g.threads[lane]), [(0, [])])
+            groups[-1][1].append((one, ins))
 
     return step
 
 
 def _groups(ins):
-    keep = ins.operands[0].bits if ins.operands else 0
+    """Of every thread that has copied: (the clock at the commit, copies) of its groups; the last is open."""
+    keep = literal(ins.operands[0], ins) if ins.operands else 0
 
     def step(g):
         clocks = g.cta.clocks
-        for warp in g.warp_ids:
-            groups = g.cta.bulk_groups.setdefault(int(warp), [])
-            agent = clocks.bulk + int(warp)
+        for thread in set(g.cta.bulk_groups).intersection(g.threads.tolist()):
+            groups, warp = g.cta.bulk_groups[thread], thread // 32 + g.cta.first_warp
+            agent = clocks.bulk + warp
             if "commit_group" in ins.mods:
-                groups.append(clocks.tick(agent))
-                g.cta.bulk_open.discard(int(warp))
+                groups[-1] = (clocks.tick(agent), groups[-1][1])
+                groups.append((0, []))
                 continue
-            done = groups[: len(groups) - keep] if keep else list(groups)
+            done = groups[: max(len(groups) - 1 - keep, 0)]
             del groups[: len(done)]
             if done:
-                clocks.clock[warp, agent] = max(int(clocks.clock[warp, agent]), done[-1])
+                clocks.clock[warp, agent] = max(int(clocks.clock[warp, agent]), done[-1][0])
 
     return step

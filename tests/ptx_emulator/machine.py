@@ -51,18 +51,6 @@ class Group:
         machine, source = self.cta.machine, ins.source
         raise Fault(machine.program.name, self.cta.index, thread, ins.line, source, ins.text, reason)
 
-    def whole_warps(self, ins: Instruction) -> np.ndarray:
-        """Warps (W,), numbered in the block; all 32 threads of each have to be here."""
-        if len(self.threads) % 32 == 0:
-            warps = self.threads[::32] // 32
-            expected = (warps[:, None] * 32 + np.arange(32)).reshape(-1)
-            if np.array_equal(expected, self.threads):
-                return warps
-        counts = np.bincount(self.threads // 32)
-        warp = int(np.flatnonzero((counts != 0) & (counts != 32))[0])
-        here = counts[warp]
-        self.fault(ins, f"{ins.opcode} needs all threads of warp {warp}, but {here} of 32 are here")
-
 
 class Cta:
     """One block: registers, shared memory, and where every thread stands."""
@@ -85,10 +73,12 @@ class Cta:
         self.peers: list[Cta] = [self]
         self.barriers: dict = {}
         self.mbarriers: dict = {}
-        self.copies: dict = {}  # of cp.async, by warp
-        self.bulk_groups: dict = {}  # of bulk stores, by warp: clocks
-        self.bulk_open: set = set()  # warps with bulk stores in no group
+        self.copies: dict = {}  # of cp.async, by warp: see copies.py
+        self.copy_groups = np.zeros(T, np.int64)  # of cp.async that every thread has committed
+        self.bulk_groups: dict = {}  # of bulk stores, by thread: see bulk.py
         self.position_now = 0
+        self.turns = 0
+        self.exits = 0  # how often threads have left
 
     def wake(self) -> None:
         left = []
@@ -99,8 +89,9 @@ class Cta:
                 left.append((wait, ins))
         self.waits = left
 
-    def run_some(self, now: int) -> bool:
+    def run_some(self) -> bool:
         """Some threads execute up to the next branch, wait or meeting point; False when none can."""
+        self.turns = now = self.turns + 1
         if self.waits:
             self.wake()
         runnable = np.flatnonzero(self.state == RUNNING)
@@ -139,13 +130,17 @@ class Cta:
                     active.fault(ins, bad.reason, bad.lane)
             position += 1
             if isinstance(outcome, Wait):
+                outcome = [outcome]
+            if isinstance(outcome, list) and outcome:
                 self.position_of[group.index] = position
-                self.state[outcome.threads] = WAITING
-                if not outcome.advance:
-                    self.position_of[outcome.threads] = position - 1
-                self.waits.append((outcome, ins))
+                for wait in outcome:
+                    self.state[wait.threads] = WAITING
+                    if not wait.advance:
+                        self.position_of[wait.threads] = position - 1
+                    self.waits.append((wait, ins))
                 return
             if outcome == EXITED:
+                self.exits += 1
                 self.state[active.index] = EXITED
                 self.position_of[group.index] = position
                 return
@@ -163,12 +158,20 @@ def check_pending(pending: dict, group: Group, ins: Instruction) -> None:
 class Machine:
     """One launch: the grid's clusters run one after another, the blocks of a cluster together.
 
-    params  the bytes of the parameters, laid out as the entry has them
-    shared  bytes of dynamic shared memory
+    grid, block    numbers, or tuples of up to three
+    params         the bytes of the parameters, laid out as the entry has them
+    shared         bytes of dynamic shared memory
+    complete       every byte of "write" allocations must be written
+    held_operands  a wgmma's A registers may not be written before it is waited for. The PTX ISA says so. Triton leaves
+                   it to the assembler, which keeps the old value in a register of its own until the wait.
     """
 
-    def __init__(self, program: Program, grid, block, params: bytes, memory: Memory, shared: int = 0, cluster: int = 1):
+    def __init__(
+        self, program: Program, grid, block, params: bytes, memory: Memory, shared: int = 0, cluster: int = 1,
+        complete: bool = True, held_operands: bool = True,
+    ):  # fmt: skip
         self.program, self.memory, self.shared_bytes, self.cluster = program, memory, shared, cluster
+        self.complete, self.held_operands = complete, held_operands
         self.grid, self.block = ((*n, 1, 1)[:3] if isinstance(n, tuple) else (n, 1, 1) for n in (grid, block))
         self.threads = int(np.prod(self.block))
         if len(params) != program.param_bytes:
@@ -188,12 +191,12 @@ class Machine:
         self.executed += 1
         return self.executed
 
-    def run(self, complete: bool = True) -> None:
+    def run(self) -> None:
         with np.errstate(all="ignore"):
             for first in range(0, int(np.prod(self.grid)), self.cluster):
                 self._run_cluster(first)
         lines = self.memory.unwritten()
-        if lines and complete:
+        if lines and self.complete:
             raise Fault(self.program.name, -1, -1, 0, "", "", "; ".join(lines))
 
     def _run_cluster(self, first: int) -> None:
@@ -203,20 +206,26 @@ class Machine:
         for cta in ctas:
             cta.peers = ctas
         while True:
-            moved = [cta.run_some(self.tick()) for cta in ctas]
+            moved = [cta.run_some() for cta in ctas]
             if any(moved):
                 continue
             if all((cta.state == EXITED).all() for cta in ctas):
                 break
             self._deadlock(ctas)
         for cta in ctas:
-            left = [b for b in cta.mbarriers.values() if b.transactions > 0]
-            if left:
-                reason = f"the block ends while {left[0].transactions} bytes of a bulk copy are on their way"
-                raise Fault(self.program.name, cta.index, -1, 0, "", "", reason)
-            if cta.bulk_open or any(cta.bulk_groups.values()):
-                reason = "the block ends without a wait for a bulk copy out of its shared memory"
-                raise Fault(self.program.name, cta.index, -1, 0, "", "", reason)
+            for barrier in cta.mbarriers.values():
+                if barrier.transactions > 0:
+                    who, ins = barrier.expects
+                    reason = f"the block ends while {barrier.transactions} bytes that an mbarrier expects have not come"
+                    who.fault(ins, reason, 0)
+            flying = [c for group in cta.bulk_groups.values() for _, copies in group for c in copies]
+            for who, ins in flying[:1]:
+                who.fault(ins, "the block ends without a wait for this copy out of its shared memory", 0)
+            for copy in (c for waiting in cta.copies.values() for c in waiting):
+                Group(cta, copy.threads[:1]).fault(copy.ins, "the block ends without a wait for this copy", 0)
+        for agent, (clock, who, ins) in clocks.copied.items():
+            if clocks.clock[:warps, agent].max() < clock:
+                who.fault(ins, "the block ends without a wait for this copy", 0)
 
     def _deadlock(self, ctas: list[Cta]) -> None:
         waits = [(cta, wait, ins) for cta in ctas for wait, ins in cta.waits]

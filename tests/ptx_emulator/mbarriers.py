@@ -21,6 +21,7 @@ class MBarrier:
     phase: int = 0
     knows: object = None  # what arrived in this phase
     known: object = None  # in the last one
+    expects: tuple = ()  # the thread and the instruction that last expected bytes
 
     def settle(self) -> None:
         if self.pending == 0 and self.transactions == 0:
@@ -32,6 +33,8 @@ class MBarrier:
 def mbarrier_at(g, address: int, lane: int = 0):
     """(block, offset, MBarrier) of a shared address."""
     rank = address >> BLOCK_SHIFT & 0xFF
+    if rank > len(g.cta.peers):
+        raise BadAccess(lane, f"an mbarrier of block {rank - 1} of a cluster of {len(g.cta.peers)}")
     cta = g.cta if rank == 0 else g.cta.peers[rank - 1]
     offset = address & ((1 << BLOCK_SHIFT) - 1)
     if offset not in cta.mbarriers:
@@ -65,8 +68,8 @@ def complete(g, address: int, nbytes: int, knows, lane: int = 0) -> None:
 def mbarrier(ins, program):
     op = ins.mods[0]
     known = {"shared", "shared::cta", "shared::cluster", "b64", "release", "acquire", "relaxed", "cta", "cluster",
-             "parity", "expect_tx", "noComplete", op}  # fmt: skip
-    if set(ins.mods) - known or "noComplete" in ins.mods:
+             "parity", "expect_tx"}  # fmt: skip
+    if set(ins.mods[1:]) - known:
         raise NotEmulated(ins.line, ins.text)
     if op in ("init", "inval"):
         return _init(ins, program, op)
@@ -125,7 +128,7 @@ def _arrive(ins, program, op):
         write = None
     at = addresses_of(program, operands[0], ins)
     amount = program.reader(operands[1], "u32", ins) if len(operands) > 1 else None
-    expects = "expect_tx" in ins.mods
+    expects, relaxed = "expect_tx" in ins.mods, "relaxed" in ins.mods
 
     def step(g):
         n, clocks = len(g.threads), g.cta.clocks
@@ -140,6 +143,7 @@ def _arrive(ins, program, op):
                 barrier.transactions -= int(values[lane])
             elif expects:
                 barrier.transactions += int(values[lane])
+                barrier.expects = g.among(g.threads == g.threads[lane]), ins
             if returns:
                 arrivals = 1 if expects else int(values[lane])
                 barrier.pending -= arrivals
@@ -147,7 +151,8 @@ def _arrive(ins, program, op):
                 if barrier.pending < 0:
                     text = f"the mbarrier at shared byte {offset} gets more than its {barrier.count} arrivals"
                     raise BadAccess(lane, f"{text} in a phase")
-                barrier.knows = merge(barrier.knows, knows[int(g.warps[lane])])
+                if not relaxed:
+                    barrier.knows = merge(barrier.knows, knows[int(g.warps[lane])])
             barrier.settle()
         if write is not None:
             write(g, state)
@@ -160,6 +165,7 @@ def _wait(ins, program, op):
     write = program.writer(ins.operands[0], "pred", ins)
     at = addresses_of(program, ins.operands[1], ins)
     phase = program.reader(ins.operands[2], "u32" if parity else "u64", ins)
+    relaxed = "relaxed" in ins.mods
 
     def step(g):
         addresses = at(g)
@@ -178,7 +184,7 @@ def _wait(ins, program, op):
         for warp in np.unique(g.warps[over]) if over.any() else ():
             mine = np.flatnonzero(over & (g.warps == warp))
             for barrier in {id(barriers[i]): barriers[i] for i in mine}.values():
-                if barrier.known is not None:
+                if barrier.known is not None and not relaxed:
                     g.cta.clocks.learn([warp], *barrier.known)
         if over.all() or op == "test_wait":
             return None

@@ -1,6 +1,7 @@
-"""Arithmetic, logic, comparisons and moves, of one value or of two packed into a register.
+"""Arithmetic and moves, of one value or of two packed into a register, and the end of a thread.
 
-Float32 is IEEE as written: fma rounds once, .ftz flushes, divisions and roots are correctly rounded in all their forms.
+Floats are IEEE as written: fma rounds once, .ftz flushes, NaN is canonical but of 64 bits, divisions and roots are
+correctly rounded in all their forms.
 ex2, lg2, sin, cos, tanh and the approximate reciprocals are the correctly rounded functions: hardware may differ in the
 last bit or two, so nothing bit-exact may rest on them.
 """
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .parse import SINK, Instruction, Pair, Symbol, Vector
+from .parse import Instruction, Vector
 from .program import EXITED, TYPES, Program, handles
 from .report import NotEmulated
+from .rounding import bf16_to_f32, canonical, f32_to_bf16, flush, fma64, odd32, odd_fma
 
 PACKED = {"f16x2": "f16", "bf16x2": "bf16", "s16x2": "s16", "u16x2": "u16"}
 
@@ -31,50 +33,20 @@ def allow(ins: Instruction, *mods: str) -> None:
             raise NotEmulated(ins.line, ins.text, f".{mod}")
 
 
-def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
-    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def f32_to_bf16(x: np.ndarray) -> np.ndarray:
-    """Half to even."""
-    x = np.asarray(x, np.float32)
-    bits = x.view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
-
-
-def flush(x: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
-
-
-def fma32(a, b, c) -> np.ndarray:
-    """a b + c rounded once: the float64 sum rounded to odd, then to float32."""
-    a, b, c = (np.asarray(v, np.float64) for v in (a, b, c))
-    product = a * b  # exact
-    total = product + c
-    t = total - product
-    error = (product - (total - t)) + (c - t)
-    bits = np.atleast_1d(total).view(np.int64)
-    odd = (bits & 1).astype(bool).reshape(total.shape)
-    step = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-    fix = (error != 0) & np.isfinite(error) & ~odd
-    return np.where(fix, step, total).astype(np.float32)
-
-
 def _fma(kind):
     if kind == "f32":
-        return fma32
+        return lambda a, b, c: odd_fma(a, b, c).astype(np.float32)
     if kind == "f16":  # the product and the sum are exact in float64 but for bits a float16 cannot tell
         return lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float16)
     if kind == "bf16":
-        return lambda a, b, c: fma32(a, b, c)
-    if kind == "f64":
-        return lambda a, b, c: (a.astype(np.longdouble) * b + c).astype(np.float64)
-    return None
+        return lambda a, b, c: odd32(odd_fma(a, b, c)).reshape(np.shape(a))
+    return fma64
 
 
 def wrap(ins: Instruction, kind: str, f, arity: int, program: Program):
     """A step that computes f of the sources, of every half where the type is packed."""
+    if len(ins.operands) != 1 + arity:
+        raise NotEmulated(ins.line, ins.text, f"{len(ins.operands)} operands")
     if kind in PACKED:
         half = PACKED[kind]
         reads = [program.reader(o, "u32", ins) for o in ins.operands[1 : 1 + arity]]
@@ -106,25 +78,37 @@ def wrap(ins: Instruction, kind: str, f, arity: int, program: Program):
 
 
 def finished(ins: Instruction, kind: str, f):
-    """f with .ftz, .sat and .relu around it."""
-    ftz, sat, relu = "ftz" in ins.mods and kind == "f32", "sat" in ins.mods, "relu" in ins.mods
-    if not (ftz or sat or relu):
+    """f with .ftz, .sat and .relu around it, and canonical NaN of floats."""
+    ftz, sat, relu = ("ftz" in ins.mods, "sat" in ins.mods, "relu" in ins.mods)
+    floating = kind.startswith(("f", "bf"))
+    if (ftz and kind not in ("f32", "f16", "f16x2")) or (sat and not floating):
+        raise NotEmulated(ins.line, ins.text)
+    if not (floating or relu):
         return f
 
     def around(*args):
-        y = f(*(flush(a) for a in args)) if ftz else f(*args)
+        y = np.asarray(f(*(flush(a) for a in args)) if ftz else f(*args))
         y = flush(y) if ftz else y
         if sat:
-            y = np.where(np.isnan(y), y.dtype.type(0), np.clip(y, 0, 1).astype(y.dtype))
-        return np.maximum(y, y.dtype.type(0)) if relu else y
+            y = np.where(y > 0, np.minimum(y, y.dtype.type(1)), y.dtype.type(0))
+        y = np.where(y <= 0, y.dtype.type(0), y) if relu else y
+        return canonical(y) if floating else y
 
     return around
 
 
 def _minimum(kind, nan):
-    if kind.startswith(("f", "bf")):
-        return (np.minimum, np.maximum) if nan else (np.fmin, np.fmax)
-    return np.minimum, np.maximum
+    if not kind.startswith(("f", "bf")):
+        return np.minimum, np.maximum
+    low, high = (np.minimum, np.maximum) if nan else (np.fmin, np.fmax)  # -0 is less than +0
+
+    def smaller(a, b):
+        return np.where((a == b) & np.signbit(a), a, np.where(a == b, b, low(a, b)))
+
+    def larger(a, b):
+        return np.where((a == b) & np.signbit(a), b, np.where(a == b, a, high(a, b)))
+
+    return smaller, larger
 
 
 ROUNDING = ("rn", "ftz", "sat", "approx", "full", "NaN", "relu", "noftz")
@@ -140,7 +124,7 @@ def binary(ins, program):
 
         return carry(ins, program)
     if "sat" in ins.mods and not kind.startswith(("f", "bf")):
-        if kind != "s32":
+        if kind != "s32" or op not in ("add", "sub") or set(ins.mods) != {"sat", "s32"}:
             raise NotEmulated(ins.line, ins.text)
         f = {"add": np.add, "sub": np.subtract}[op]
 
@@ -152,17 +136,27 @@ def binary(ins, program):
     allow(ins, *ROUNDING)
     low, high = _minimum(PACKED.get(kind, kind), "NaN" in ins.mods)
     f = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": low, "max": high}.get(op)
+    if op == "mul" and kind.startswith("bf"):
+        def f(a, b):  # a product below float32's normal numbers has more bits than it
+            return odd32(a.astype(np.float64) * b).reshape(np.broadcast(a, b).shape)
     if op == "div":
-        f = np.divide if kind.startswith("f") else _integer_division(kind)
+        f = np.divide if kind in ("f32", "f64") else _integer_division(ins, kind)
     return wrap(ins, kind, finished(ins, kind, f), 2, program)
 
 
-def _integer_division(kind):
+def _integer_division(ins, kind):
+    if kind[0] not in "us" or kind in PACKED:
+        raise NotEmulated(ins.line, ins.text)
+
+    def magnitude(x):
+        return np.abs(x).view(f"u{x.dtype.itemsize}")  # of the lowest number too
+
     def divide(a, b):
         safe = np.where(b == 0, 1, b).astype(np.asarray(b).dtype)
         if kind.startswith("u"):
             return np.where(b == 0, np.asarray(a).dtype.type(-1 % (1 << 8 * safe.itemsize)), a // safe)
-        q = np.abs(np.asarray(a).astype(np.int64)) // np.abs(safe.astype(np.int64))
+        a = np.asarray(a)
+        q = (magnitude(a) // magnitude(safe)).astype(a.dtype)
         return np.where(b == 0, -1, np.where((a < 0) ^ (safe < 0), -q, q)).astype(np.asarray(a).dtype)
 
     return divide
@@ -171,7 +165,8 @@ def _integer_division(kind):
 @handles("rem")
 def remainder(ins, program):
     kind = kind_of(ins)
-    divide = _integer_division(kind)
+    allow(ins)
+    divide = _integer_division(ins, kind)
     return wrap(ins, kind, lambda a, b: np.where(b == 0, a, a - divide(a, b) * b), 2, program)
 
 
@@ -192,12 +187,14 @@ def multiply(ins, program):
     return mad(ins, program, addend=False)
 
 
-@handles("mad", "mul24", "mad24")
+@handles("mad")
 def mad(ins, program, addend=True):
     kind = kind_of(ins)
     if kind.startswith("f"):
         return fma(ins, program)
     allow(ins, "lo", "hi", "wide")
+    if len({"lo", "hi", "wide"} & set(ins.mods)) != 1 or len(ins.operands) != 3 + addend:
+        raise NotEmulated(ins.line, ins.text)
     bits, wide = int(kind[1:]), "wide" in ins.mods
     result = _wider(kind) if wide else kind
     a, b = (program.reader(o, kind, ins) for o in ins.operands[1:3])
@@ -234,6 +231,7 @@ def fma(ins, program):
 @handles("neg", "abs", "not", "cnot")
 def unary(ins, program):
     kind, op = kind_of(ins), ins.opcode
+    allow(ins, *(("ftz",) if op in ("neg", "abs") else ()))
     if kind == "pred":
         return wrap(ins, kind, np.logical_not, 1, program)
     f = {
@@ -241,76 +239,6 @@ def unary(ins, program):
         "cnot": lambda a: (np.asarray(a) == 0).astype(TYPES[kind]),
     }[op]  # fmt: skip
     return wrap(ins, kind, finished(ins, kind, f) if kind.startswith(("f", "bf")) else f, 1, program)
-
-
-COMPARISONS = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
-UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "geu": "ge"}
-
-
-def _compare(ins, kind):
-    name = next(m for m in ins.mods if m in COMPARISONS or m in UNORDERED or m in ("num", "nan"))
-    floating = kind.startswith(("f", "bf"))
-    if name in ("num", "nan"):
-        return lambda a, b: (np.isnan(a) | np.isnan(b)) == (name == "nan")
-    if name in UNORDERED:
-        f = COMPARISONS[UNORDERED[name]]
-        return lambda a, b: f(a, b) | np.isnan(a) | np.isnan(b)
-    if name == "ne" and floating:
-        return lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b)
-    return COMPARISONS[name]
-
-
-@handles("setp")
-def setp(ins, program):
-    kind = kind_of(ins)
-    allow(ins, *COMPARISONS, *UNORDERED, "num", "nan", "and", "or", "xor", "ftz")
-    if kind in PACKED or kind == "bf16":
-        raise NotEmulated(ins.line, ins.text)
-    a, b = (program.reader(o, kind, ins) for o in ins.operands[1:3])
-    compare = _compare(ins, kind)
-    joins = [m for m in ins.mods if m in ("and", "or", "xor")]
-    join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[joins[0]] if joins else None
-    other = program.reader(ins.operands[3], "pred", ins) if joins else None
-    to = ins.operands[0]
-    first, second = (to.first, to.second) if isinstance(to, Pair) else (to, None)
-    write = program.writer(first, "pred", ins)
-    write_second = program.writer(second, "pred", ins) if second is not None else None
-
-    def step(g):
-        p = compare(a(g), b(g))
-        if write_second is not None:
-            write_second(g, join(~p, other(g)) if join else ~p)
-        write(g, join(p, other(g)) if join else p)
-
-    return step
-
-
-@handles("set")
-def set_(ins, program):
-    """1.0 or all ones where the comparison holds."""
-    types = [m for m in ins.mods if m in TYPES]
-    a, b = (program.reader(o, types[1], ins) for o in ins.operands[1:3])
-    write, compare = program.writer(ins.operands[0], types[0], ins), _compare(ins, types[1])
-    if len(ins.operands) > 3:
-        raise NotEmulated(ins.line, ins.text)
-    yes = 1 if types[0] == "f32" else -1
-    dtype = TYPES[types[0]]
-    return lambda g: write(g, np.where(compare(a(g), b(g)), np.asarray(yes).astype(dtype), dtype.type(0)))
-
-
-@handles("selp", "slct")
-def select(ins, program):
-    kind = kind_of(ins) if ins.opcode == "selp" else next(m for m in ins.mods if m in TYPES)
-    a, b = (program.reader(o, kind, ins) for o in ins.operands[1:3])
-    write = program.writer(ins.operands[0], kind, ins)
-    if ins.opcode == "selp":
-        p = program.reader(ins.operands[3], "pred", ins)
-        return lambda g: write(g, np.where(p(g), a(g), b(g)))
-    c = program.reader(ins.operands[3], kind_of(ins), ins)
-    return lambda g: write(g, np.where(np.asarray(c(g)) >= 0, a(g), b(g)))
 
 
 FUNCTIONS = {
@@ -327,12 +255,15 @@ def function(ins, program):
     allow(ins, "approx", "rn", "ftz", "full")
     if kind not in ("f32", "f16", "f16x2", "f64"):
         raise NotEmulated(ins.line, ins.text)
+    if "approx" not in ins.mods and (ins.opcode not in ("rcp", "sqrt") or "rn" not in ins.mods):
+        raise NotEmulated(ins.line, ins.text)
     f, dtype = FUNCTIONS[ins.opcode], TYPES[PACKED.get(kind, kind)]
     return wrap(ins, kind, finished(ins, kind, lambda x: np.asarray(f(np.asarray(x))).astype(dtype)), 1, program)
 
 
 @handles("copysign")
 def copysign(ins, program):
+    allow(ins)
     return wrap(ins, kind_of(ins), lambda a, b: np.copysign(b, a), 2, program)
 
 
@@ -340,6 +271,7 @@ def copysign(ins, program):
 def testp(ins, program):
     tests = {"finite": np.isfinite, "infinite": np.isinf, "notanumber": np.isnan, "number": lambda x: ~np.isnan(x)}
     f = next((tests[m] for m in ins.mods if m in tests), None)
+    allow(ins, *tests)
     if f is None:
         raise NotEmulated(ins.line, ins.text)
     read, write = program.reader(ins.operands[1], kind_of(ins), ins), program.writer(ins.operands[0], "pred", ins)
@@ -349,6 +281,7 @@ def testp(ins, program):
 @handles("mov")
 def mov(ins, program):
     kind = kind_of(ins)
+    allow(ins)
     to, source = ins.operands
     if isinstance(source, Vector):  # {low, high} to one register
         parts = source.items
@@ -371,8 +304,6 @@ def mov(ins, program):
                 write(g, (word >> word.dtype.type(bits * i)).astype(TYPES[f"u{bits}"]))
 
         return split
-    if isinstance(source, Symbol) and source != SINK and source.name.partition("+")[0] in program.local_offsets:
-        raise NotEmulated(ins.line, ins.text, "the address of a local variable in its own space")
     read, write = program.reader(source, kind, ins), program.writer(to, kind, ins)
     return lambda g: write(g, read(g))
 
@@ -392,7 +323,7 @@ def branch(ins, program):
     return lambda g: None  # the machine's own
 
 
-@handles("nanosleep", "prefetch", "prefetchu", "griddepcontrol", "setmaxnreg", "pmevent", "discard", "applypriority")
+@handles("nanosleep", "prefetch", "prefetchu", "griddepcontrol", "setmaxnreg", "pmevent", "applypriority")
 def nothing(ins, program):
     """Hints; of griddepcontrol because one launch runs alone."""
     return lambda g: None

@@ -2,8 +2,10 @@
 
 Every access is checked for bounds, alignment, bytes nothing has written, and races. Races are found by vector clocks,
 so by what the barriers order, not by what happened to come first. Agents are the warps, and what runs beside them:
-copies of cp.async, the bulk copy engine on behalf of a warp, and the tensor core of a warpgroup. clock[a] says up to
-which clock of every agent a knows what it did; a barrier, an mbarrier or a wait makes an agent learn.
+copies of cp.async, bulk copies out of shared memory on behalf of a warp, bulk copies that one mbarrier hears of, and
+the tensor core of a warpgroup. clock[a] says up to which clock of every agent a knows what it did; a barrier, an
+mbarrier or a wait makes an agent learn. A copy knows what the warp knew that issued it; nobody knows of a copy but who
+waited.
 
 The asynchronous proxy (bulk copies, wgmma) sees ordinary writes only after a fence: `fenced` holds what of `clock` was
 fenced. Threads of one warp count as ordered among each other only by a barrier or bar.warp.sync between a write and
@@ -16,15 +18,17 @@ import numpy as np
 
 from .memory import BadAccess, check_alignment
 
-ASYNC = ("copy", "bulk", "tensor")  # kinds of agents beside the warps
+MBARRIERS = 64  # that hear of bulk copies, of a cluster
 
 
 class Clocks:
     """Vector clocks of the agents of a cluster. Warps come first, numbered through all blocks."""
 
     def __init__(self, warps: int):
-        self.warps, n = warps, 4 * warps
+        self.warps, n = warps, 4 * warps + MBARRIERS
         self.copy, self.bulk, self.tensor = warps, 2 * warps, 3 * warps  # agents of warp 0; tensor: of its warpgroup
+        self.mbarriers: dict[tuple, int] = {}  # (block, offset): agent
+        self.copied: dict[int, tuple] = {}  # of those agents: the clock of the last copy, its thread, its instruction
         self.clock = np.zeros((n, n), np.int64)
         self.clock[np.arange(n), np.arange(n)] = 1
         self.fenced = np.zeros((n, n), np.int64)
@@ -49,11 +53,19 @@ class Clocks:
         self.clock[agents] = np.maximum(self.clock[agents], known)
         self.fenced[agents] = np.maximum(self.fenced[agents], fenced)
 
-    def start(self, agent: int, by) -> None:
-        """An asynchronous agent is given work by warps: it knows what they know."""
-        by = np.asarray(by)
-        self.clock[agent] = np.maximum(self.clock[agent], self.clock[by].max(axis=0))
-        self.fenced[agent] = np.maximum(self.fenced[agent], self.fenced[by].max(axis=0))
+    def mbarrier(self, rank: int, offset: int) -> int:
+        """The agent of the bulk copies that an mbarrier hears of."""
+        return self.mbarriers.setdefault((rank, offset), 4 * self.warps + len(self.mbarriers))
+
+    def only(self, agent: int, clock: int) -> tuple[np.ndarray, np.ndarray]:
+        """To be learned: what one agent did."""
+        known = np.zeros(len(self.clock), np.int64)
+        known[agent] = clock
+        return known, np.zeros_like(known)
+
+    def kind(self, agent: int) -> str:
+        kinds = ("a thread", "cp.async", "a bulk copy", "a wgmma", "a bulk copy")
+        return kinds[min(agent // self.warps, 4)]
 
     def fence(self, warps) -> None:
         """fence.proxy.async"""
@@ -96,8 +108,11 @@ class Shared:
             raise BadAccess(lane, f"out-of-bounds shared {what} of {nbytes} bytes at {at}: the block has {self.size}")
         return addresses.astype(np.int64)[:, None] + np.arange(nbytes)
 
-    def read(self, at: np.ndarray, agents, threads=None, line: int = 0) -> np.ndarray:
-        """The bytes at indices (n, nbytes), by agents (n,) or one, threads (n,) of the cluster or None of no warp's."""
+    def read(self, at: np.ndarray, agents, threads=None, line: int = 0, knows=None) -> np.ndarray:
+        """The bytes at indices (n, nbytes), by agents (n,) or one, threads (n,) of the cluster or None of no warp's.
+
+        knows  the warps whose knowledge the agents act on, their own without it
+        """
         clocks = self.clocks
         if not self.written[at].all():
             lane, byte = np.argwhere(~self.written[at])[0]
@@ -107,20 +122,20 @@ class Shared:
             raise BadAccess(int(lane), f"read of shared byte {at[lane, byte]}, which is of an mbarrier")
         agents = np.broadcast_to(np.asarray(agents), at.shape[:1])
         by = agents[:, None]
-        self._check_writes(at, by, threads, "read", True)
+        self._check_writes(at, by, by if knows is None else np.asarray(knows).reshape(-1, 1), threads, "read", True)
         self.reads[by, at] = clocks.clock[agents, agents][:, None]
         self.read_line[at] = line
         clocks.readers.update(np.unique(agents).tolist())
         return self.data[at]
 
-    def _check_writes(self, at, by, threads, what, matters) -> None:
-        """Raise where the last write of a byte is not known to the agents `by` (n, 1), and matters."""
+    def _check_writes(self, at, by, knows, threads, what, matters) -> None:
+        """Raise where the last write of a byte matters to the agents `by` (n, 1) and is not known to `knows`."""
         clocks, writer = self.clocks, self.agent[at]
         clock = self.clock[at]
-        unknown = (clock > clocks.clock[by, writer]) & matters
+        unknown = (clock > clocks.clock[knows, writer]) & matters
         proxy = clocks.is_proxy(by)
         if proxy.any():
-            unfenced = proxy & (writer < clocks.warps) & (clock > clocks.fenced[by, writer]) & (clock > 0)
+            unfenced = proxy & (writer < clocks.warps) & (clock > clocks.fenced[knows, writer]) & (clock > 0)
             if (unfenced & ~unknown).any():
                 lane, byte = np.argwhere(unfenced & ~unknown)[0]
                 raise BadAccess(int(lane), self._text("no fence.proxy.async before the", what, at[lane, byte]))
@@ -134,28 +149,26 @@ class Shared:
 
     def _text(self, start: str, what: str, byte: int) -> str:
         agent, thread = int(self.agent[byte]), int(self.thread[byte])
-        who = f"thread {thread}"
-        if agent >= self.clocks.warps:
-            kind = ASYNC[min((agent - self.clocks.warps) // self.clocks.warps, 2)]
-            who = {"copy": "cp.async", "bulk": "a bulk copy", "tensor": "wgmma"}[kind]
+        who = f"thread {thread}" if agent < self.clocks.warps else self.clocks.kind(agent)
         return f"{start} {what} of shared byte {byte}, which {who} writes at PTX line {self.line[byte]}, unordered"
 
-    def write(self, at: np.ndarray, data: np.ndarray, agents, threads=None, line: int = 0) -> None:
-        """Bytes (n, nbytes) to indices of the same shape."""
+    def write(self, at: np.ndarray, data: np.ndarray, agents, threads=None, line: int = 0, knows=None) -> None:
+        """Bytes (n, nbytes) to indices of the same shape. knows: as in read."""
         clocks = self.clocks
         if self.barrier[at].any():
             lane, byte = np.argwhere(self.barrier[at])[0]
             raise BadAccess(int(lane), f"write to shared byte {at[lane, byte]}, which is of an mbarrier")
         agents = np.broadcast_to(np.asarray(agents), at.shape[:1])
         by = agents[:, None]
-        self._check_writes(at, by, threads, "write", self.data[at] != data)
+        who = by if knows is None else np.asarray(knows).reshape(-1, 1)
+        self._check_writes(at, by, who, threads, "write", self.data[at] != data)
         for reader in clocks.readers:
-            late = (self.reads[reader][at] > clocks.clock[by, reader]) & (by != reader)
+            late = (self.reads[reader][at] > clocks.clock[who, reader]) & (by != reader)
             if late.any():
                 lane, byte = np.argwhere(late)[0]
                 byte = at[lane, byte]
-                kind = "thread of a warp" if reader < clocks.warps else "wgmma" if reader >= clocks.tensor else "copy"
-                text = f"race: write of shared byte {byte}, which a {kind} reads at PTX line {self.read_line[byte]}"
+                kind = clocks.kind(reader)
+                text = f"race: write of shared byte {byte}, which {kind} reads at PTX line {self.read_line[byte]}"
                 raise BadAccess(int(lane), f"{text}, unordered")
         self.data[at] = data
         twice = self.data[at] != data
@@ -165,12 +178,12 @@ class Shared:
         self.thread[at] = -1 if threads is None else threads[:, None]
         self.written[at] = True
         self.agent[at], self.clock[at] = by, clocks.clock[agents, agents][:, None]
-        self.epoch[at] = clocks.epoch[np.minimum(agents, clocks.warps - 1)][:, None]
+        self.epoch[at] = clocks.epoch[np.minimum(agents, clocks.warps - 1)][:, None]  # of asynchronous agents unused
         self.line[at] = line
 
-    def settle(self, at: np.ndarray, agent: int, clock: int, warp: int, threads: np.ndarray) -> None:
-        """What cp.async (an agent, a clock) brought becomes the waiting threads' own write; of warp."""
-        mine = (self.agent[at] == agent) & (self.clock[at] == clock)
+    def settle(self, at: np.ndarray, agent: int, warp: int, threads: np.ndarray) -> None:
+        """What cp.async brought becomes the waiting threads' own write; of warp."""
+        mine = self.agent[at] == agent
         at, who = at[mine], np.broadcast_to(threads[:, None], at.shape)[mine]
         self.agent[at], self.clock[at], self.thread[at] = warp, self.clocks.clock[warp, warp], who
         self.epoch[at] = self.clocks.epoch[warp]

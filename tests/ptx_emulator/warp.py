@@ -6,65 +6,82 @@ import numpy as np
 
 from .memory import BadAccess
 from .parse import SINK, Pair, Symbol
-from .program import TYPES, Wait, handles
+from .program import EXITED, TYPES, Wait, handles
 from .report import NotEmulated
 
 
 def warp_sync(ins, program):
-    mask = program.reader(ins.operands[0], "u32", ins)
+    if ins.mods[-2:] != ("warp", "sync"):
+        raise NotEmulated(ins.line, ins.text)
+
+    def meet(g):
+        g.cta.clocks.epoch[g.warp_ids] += 1
+
+    return together(ins, program, ins.operands[0], meet)
+
+
+def rendezvous(g, ins, mask) -> tuple:
+    """The threads all of whose partners, the lanes their masks name, are here, and a wait for the others; or None.
+
+    Lanes that do not exist or have left are not waited for.
+    """
+    lanes = (g.threads % 32).astype(np.uint32)
+    bits = np.uint32(1) << lanes
+    mask = np.broadcast_to(np.asarray(mask, np.uint32), bits.shape)
+    if not (mask & bits).all():
+        lane = int((mask & bits == 0).argmax())
+        raise BadAccess(lane, f"the mask 0x{int(mask[lane]):08x} does not name the thread's own lane {lanes[lane]}")
+    warps = g.threads // 32
+    first = np.flatnonzero(np.diff(warps, prepend=-1))
+    which = np.repeat(np.arange(len(first)), np.diff(first, append=len(warps)))
+    missing = mask & ~np.bitwise_or.reduceat(bits, first)[which]
+    if not missing.any():
+        return g, None
+    cta, position = g.cta, g.cta.position_now
+    alive = np.zeros(-(-len(cta.state) // 32) * 32, np.uint32)
+    alive[: len(cta.state)] = cta.state != EXITED
+    missing &= (alive.reshape(-1, 32) << np.arange(32, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)[warps]
+    late = missing != 0
+    if not late.any():
+        return g, None
+    waiting = g.among(late)
+    wanted = np.zeros(len(warps[first]), np.uint32)
+    np.bitwise_or.at(wanted, which, missing)
+    others = np.flatnonzero((wanted[:, None] >> np.arange(32, dtype=np.uint32) & 1).reshape(-1))
+    others = warps[first][others // 32] * 32 + others % 32
+
+    def ready():
+        return bool(((cta.position_of[others] == position) | (cta.state[others] == EXITED)).all())
+
+    def why():
+        gone = others[cta.position_of[others] != position]
+        return f"{ins.opcode} waits for lanes {(gone % 32).tolist()} of warp {gone[0] // 32}"
+
+    return g.among(~late), Wait(waiting.threads, ready, why, advance=False)
+
+
+def together(ins, program, mask_operand, f):
+    """A step that has f(group) done when all lanes of its masks are here."""
+    mask = program.reader(mask_operand, "u32", ins)
 
     def step(g):
-        here, wait = rendezvous(g, ins, mask(g))
-        if here is not None:
-            g.cta.clocks.epoch[here.warp_ids] += 1
+        whole, wait = rendezvous(g, ins, mask(g))
+        if whole is not None:
+            f(whole)
         return wait
 
     return step
 
 
-def rendezvous(g, ins, mask):
-    """(group, Wait): the threads of warps of which every lane that `mask` names is here, and a Wait of the others.
-
-    Either is None when there are no such threads.
-    """
-    mask = np.broadcast_to(np.asarray(mask, np.uint32), (len(g.threads),))
-    warps, lanes = g.threads // 32, (g.threads % 32).astype(np.uint32)
-    own = mask >> lanes & np.uint32(1)
-    if not own.all():
-        lane = int((own == 0).argmax())
-        raise BadAccess(lane, f"the mask 0x{int(mask[lane]):08x} does not name the thread's own lane {lanes[lane]}")
-    cta = g.cta
-    missing, late = {}, np.zeros(len(g.threads), bool)
-    for warp in np.unique(warps):
-        mine = warps == warp
-        here = int((np.uint64(1) << lanes[mine].astype(np.uint64)).sum())
-        exists = (1 << min(32, cta.machine.threads - warp * 32)) - 1
-        lacking = int(np.bitwise_or.reduce(mask[mine])) & exists & ~here
-        if lacking:
-            missing[int(warp)] = lacking
-            late |= mine
-    if not missing:
-        return g, None
-    position = cta.position_now
-    others = [warp * 32 + lane for warp, lacking in missing.items() for lane in range(32) if lacking >> lane & 1]
-
-    def ready():
-        return bool((cta.position_of[others] == position).any())
-
-    def why():
-        warp, lacking = next(iter(missing.items()))
-        return f"{ins.opcode} waits for lanes 0x{lacking:08x} of warp {warp}"
-
-    return g.among(~late), Wait(g.threads[late], ready, why, advance=False)
-
-
 @handles("shfl")
 def shfl(ins, program):
-    mode = next(m for m in ins.mods if m in ("up", "down", "bfly", "idx"))
+    if len(ins.mods) != 3 or ins.mods[::2] != ("sync", "b32") or ins.mods[1] not in ("up", "down", "bfly", "idx"):
+        raise NotEmulated(ins.line, ins.text)
+    mode = ins.mods[1]
     to = ins.operands[0]
     first, second = (to.first, to.second) if isinstance(to, Pair) else (to, SINK)
     write, found = program.writer(first, "b32", ins), program.writer(second, "pred", ins)
-    value, amount, clamp, mask = (program.reader(o, "u32", ins) for o in ins.operands[1:5])
+    value, amount, clamp = (program.reader(o, "u32", ins) for o in ins.operands[1:4])
 
     def shuffle(g):
         n = len(g.threads)
@@ -84,23 +101,20 @@ def shfl(ins, program):
         write(g, values[at])
         found(g, valid)
 
-    def step(g):
-        here, wait = rendezvous(g, ins, mask(g))
-        if here is not None:
-            shuffle(here)
-        return wait
-
-    return step
+    return together(ins, program, ins.operands[4], shuffle)
 
 
-def _collective(ins, program, mask_operand, f):
-    """f(group, indices of one warp's threads) for every warp, when all lanes of the mask are here."""
+def collective(ins, program, mask_operand, f):
+    """A step: f(group) for the lanes of every warp that share a mask, when all of them are here."""
     mask = program.reader(mask_operand, "u32", ins)
 
     def step(g):
-        here, wait = rendezvous(g, ins, mask(g))
-        for warp in () if here is None else np.unique(here.threads // 32):
-            f(here.among(here.threads // 32 == warp))
+        whole, wait = rendezvous(g, ins, mask(g))
+        if whole is not None:
+            masks = np.broadcast_to(np.asarray(mask(whole), np.uint64), whole.threads.shape)
+            keys = (whole.threads // 32).astype(np.uint64) << np.uint64(32) | masks
+            for key in np.unique(keys):
+                f(whole.among(keys == key))
         return wait
 
     return step
@@ -108,9 +122,10 @@ def _collective(ins, program, mask_operand, f):
 
 @handles("vote")
 def vote(ins, program):
-    if "sync" not in ins.mods:
+    known = [("sync", mode, "pred") for mode in ("all", "any", "uni")] + [("sync", "ballot", "b32")]
+    if ins.mods not in known:
         raise NotEmulated(ins.line, ins.text)
-    mode = next(m for m in ins.mods if m in ("all", "any", "uni", "ballot"))
+    mode = ins.mods[1]
     read = program.reader(ins.operands[1], "pred", ins)
     write = program.writer(ins.operands[0], "b32" if mode == "ballot" else "pred", ins)
 
@@ -119,18 +134,15 @@ def vote(ins, program):
         bits = (np.uint64(1) << (g.threads % 32).astype(np.uint64))[p].sum()
         write(g, {"all": p.all(), "any": p.any(), "uni": p.all() or not p.any(), "ballot": np.uint32(bits)}[mode])
 
-    return _collective(ins, program, ins.operands[2], f)
-
-
-@handles("match")
-def match(ins, program):
-    raise NotEmulated(ins.line, ins.text)
+    return collective(ins, program, ins.operands[2], f)
 
 
 @handles("redux")
 def redux(ins, program):
-    op, kind = next(m for m in ins.mods if m in ("add", "min", "max", "and", "or", "xor")), ins.mods[-1]
-    if kind not in ("u32", "s32", "b32"):
+    if len(ins.mods) != 3 or ins.mods[0] != "sync" or ins.mods[2] not in ("u32", "s32", "b32"):
+        raise NotEmulated(ins.line, ins.text)
+    op, kind = ins.mods[1:]
+    if op not in ("add", "min", "max", "and", "or", "xor"):
         raise NotEmulated(ins.line, ins.text)
     read, write = program.reader(ins.operands[1], kind, ins), program.writer(ins.operands[0], kind, ins)
     f = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
@@ -140,7 +152,7 @@ def redux(ins, program):
         x = np.broadcast_to(read(g), (len(g.threads),)).astype(TYPES[kind])
         write(g, f.reduce(x.astype(np.int64) if op == "add" else x).astype(TYPES[kind]))
 
-    return _collective(ins, program, ins.operands[2], one)
+    return collective(ins, program, ins.operands[2], one)
 
 
 @handles("activemask")
@@ -159,7 +171,7 @@ def active_mask(ins, program):
 def elect(ins, program):
     """The lowest lane of the mask."""
     to = ins.operands[0]
-    if not isinstance(to, Pair):
+    if not isinstance(to, Pair) or ins.mods != ("sync",):
         raise NotEmulated(ins.line, ins.text)
     lane_of = program.writer(to.first, "b32", ins) if not isinstance(to.first, Symbol) else None
     chosen = program.writer(to.second, "pred", ins)
@@ -169,4 +181,4 @@ def elect(ins, program):
             lane_of(g, np.uint32(g.threads[0] % 32))
         chosen(g, g.threads == g.threads[0])
 
-    return _collective(ins, program, ins.operands[1], one)
+    return collective(ins, program, ins.operands[1], one)
