@@ -257,9 +257,13 @@ def test_ldmatrix_of_a_bad_address(address, reason):
         ptx.launch(text, np.zeros((32, 1)), 1, np.zeros(512, np.uint8))
 
 
-def test_a_warp_that_is_not_whole():
-    text = "setp.lt.u32 %p1, %x1, 40; @!%p1 bra L; movmatrix.sync.aligned.m8n8.trans.b16 %i0, %i0; L: mov.u32 %o0, %i0;"
-    with pytest.raises(Fault, match=r"deadlock.*waits for the rest of warp 1|needs all 32 threads of warp 1"):
+@pytest.mark.parametrize("first,last", [(0, 39), (16, 47)])
+def test_a_warp_that_is_not_whole(first, last):
+    """Threads first to last do what takes whole warps: 40 of them, and 32 of two warps."""
+    text = f"sub.u32 %x8, %x1, {first}; setp.gt.u32 %p1, %x8, {last - first}; @%p1 bra L;"
+    text += "movmatrix.sync.aligned.m8n8.trans.b16 %i0, %i0; L: mov.u32 %o0, %i0;"
+    reason = r"deadlock.*waits for the rest of warp [01]|needs all 32 threads of warp [01]"
+    with pytest.raises(Fault, match=reason):
         ptx.launch(text, np.zeros((64, 1)), 1)
 
 
