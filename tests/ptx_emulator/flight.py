@@ -152,7 +152,8 @@ class Flight:
             return ""
         rows = [(row, "read of the result") for row in access.reads if mine.result[row] > mine.done]
         rows += [(row, "write over the result") for row in access.writes if mine.result[row] > mine.done]
-        rows += [(row, "write over an operand") for row in access.writes if mine.source[row] > mine.done]
+        if self.cta.machine.held_operands:
+            rows += [(row, "write over an operand") for row in access.writes if mine.source[row] > mine.done]
         for row, what in rows:
             return f"{what} of wgmma at PTX line {mine.line[row]} before a wgmma.wait_group that covers it"
         return ""
