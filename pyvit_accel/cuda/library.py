@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def device_error() -> str | None:
-    """Why the library cannot launch here, in the words of the CUDA runtime; None when it can. Asks the driver."""
+    """Why the library, which must be there, cannot launch here; None when it can. Asks the driver."""
     error = library().pyvit_accel_device_error()
     return None if error is None else error.decode()
 

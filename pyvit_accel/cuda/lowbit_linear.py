@@ -30,7 +30,7 @@ from torch import Tensor
 from .library import Launch, check, library
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")  # enum Activation of csrc/cuda/epilogue.cuh
-CAPABILITY = 90  # where these kernels measure faster than Triton's
+CAPABILITY = 90  # where wgmma is, whose int8 form Triton does not keep busy; elsewhere both use mma.sync
 
 
 class Epilogue(ctypes.Structure):
@@ -206,7 +206,7 @@ def lowbit_linear(
 
 
 def takes(x: Tensor, w_packed: Tensor, index: Tensor | None) -> bool:
-    """Whether these kernels are the faster ones for this call, and can compute it."""
+    """Whether the call is theirs: on Hopper, of 4- or 8-bit weights, without an index."""
     return index is None and bits_of(w_packed, x.shape[1]) in (4, 8) and _device(x.device.index)[0] == CAPABILITY
 
 
