@@ -79,12 +79,17 @@ def _weight_only_linear_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-def _blocks(M: int, group_size: int, itemsize: int) -> dict[str, int]:
-    """Tile and pipeline. A block of inputs lies within one group where the group's size allows it."""
+def _blocks(M: int, group_size: int, itemsize: int, bits: int) -> dict[str, int]:
+    """Tile and pipeline. A block of inputs lies within one group where the group's size allows it.
+
+    Four bytes of a plane for each thread at least, or Triton hands _packed.py's assembly words of two different inputs:
+    of a plane of one bit, 32 inputs of 128 features.
+    """
     BLOCK_K = 64 if group_size % 64 == 0 and itemsize == 2 else 32
+    BLOCK_N = 128 if BLOCK_K == 32 and bits in (3, 5) else 64
     if M <= 32:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_M": 32, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": 64, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": 3}
 
 
 def weight_only_linear(
@@ -97,13 +102,14 @@ def weight_only_linear(
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    blocks = _blocks(M, group_size, x.itemsize)
+    bits = bits_of(w_packed, K)
+    blocks = _blocks(M, group_size, x.itemsize, bits)
     grid = (triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(N, blocks["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         _weight_only_linear_kernel[grid](
             x, w_packed.view(torch.int8), vector(w_scale), vector(w_zero_point), vector(bias), y,
             M, N, x.stride(0), w_packed.stride(0),
-            K=K, BITS=bits_of(w_packed, K), GROUPS=groups, GROUP_SIZE=group_size, GROUP_M=GROUP_M,
+            K=K, BITS=bits, GROUPS=groups, GROUP_SIZE=group_size, GROUP_M=GROUP_M,
             **blocks, **MATMUL_FLAGS,
         )  # fmt: skip
     return y

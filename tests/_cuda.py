@@ -65,10 +65,9 @@ def emulate(launch, tensors: dict[str, Tensor], y: Tensor, loaded: Program | Non
         rank = m.rank
         shape = tuple(m.dims[:rank]), tuple(m.strides[: rank - 1]), tuple(m.box[:rank])
         params[m.offset : m.offset + 128] = TensorMap(m.base, *shape, m.swizzle, m.element_bytes).encode()
-    run(
-        loaded or program(kernel, capability), launch.grid, launch.block, bytes(params), memory,
-        launch.shared_bytes, launch.cluster,
-    )  # fmt: skip
+    loaded = loaded or program(kernel, capability)
+    options = {"shared": launch.shared_bytes, "cluster": launch.cluster}
+    run(loaded, launch.grid, launch.block, bytes(params), memory, **options)
     y.untyped_storage().copy_(torch.from_numpy(memory["y"]).untyped_storage())
 
 

@@ -35,13 +35,14 @@ class _Emulated(Recorder):
 
     def __init__(self, kernel, architecture: int, fresh: dict, changed: set):
         super().__init__(kernel)
-        self.architecture, self.fresh, self.changed = architecture, fresh, changed
+        self.architecture, self.fresh, self.changed, self.count = architecture, fresh, changed, 0
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             self.record(*args, **kwargs)
             source, options = self.launches.pop()
             values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            self.count += 1
             self._run(source, options, grid, values)
 
         return launch
@@ -65,7 +66,8 @@ class _Emulated(Recorder):
         program = load(compiled.asm["ptx"], compiled.metadata.name)
         params = params.ljust(program.param_bytes, b"\0")  # scratch memory that no kernel of ours asks for
         threads = compiled.metadata.num_warps * 32
-        run(program, tuple(grid), threads, params, memory, compiled.metadata.shared, complete=False)
+        options = {"shared": compiled.metadata.shared, "complete": False, "held_operands": False}
+        run(program, tuple(grid), threads, params, memory, **options)
         for name, storage in storages.values():
             allocation = memory.allocation(name)
             if allocation.mode == "read":
@@ -90,8 +92,11 @@ class _Emulated(Recorder):
 
 @contextmanager
 def emulated(architecture: int, *changed: Tensor):
-    """Launchers of pyvit_accel.kernels run on the emulator's GPU. changed: arguments a launcher may write to."""
-    fresh, kept = {}, []
+    """Launchers of pyvit_accel.kernels run on the emulator's GPU. changed: arguments a launcher may write to.
+
+    Yields {"file.kernel": what stands in its place}, whose `count` says how often it was launched.
+    """
+    fresh, kept, kernels_of = {}, [], {}
     empty, new_empty, empty_like = torch.empty, Tensor.new_empty, torch.empty_like
 
     def remember(make):
@@ -110,10 +115,11 @@ def emulated(architecture: int, *changed: Tensor):
             for name, value in list(vars(module).items()):
                 if name.endswith("_kernel") and hasattr(value, "arg_names"):
                     written = {t.untyped_storage().data_ptr() for t in changed}
-                    patch.setattr(module, name, _Emulated(value, architecture, fresh, written))
+                    kernels_of[f"{info.name}.{name}"] = _Emulated(value, architecture, fresh, written)
+                    patch.setattr(module, name, kernels_of[f"{info.name}.{name}"])
             if hasattr(module, "_capability"):
                 patch.setattr(module, "_capability", lambda x: divmod(architecture, 10))
         patch.setattr(torch, "empty", remember(empty))
         patch.setattr(Tensor, "new_empty", remember(new_empty))
         patch.setattr(torch, "empty_like", remember(empty_like))
-        yield
+        yield kernels_of

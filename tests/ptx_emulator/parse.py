@@ -1,7 +1,7 @@
 """PTX text to instructions: registers resolved to rows of banks, labels to positions, variables to addresses.
 
-A register lives in the bank of its width (1 for predicates, 16, 32 or 64 bits), in a row of its own. Names are scoped by
-braces, as the compiler leaves them around inline assembly.
+A register lives in the bank of its width (1 for predicates, 16, 32 or 64 bits), in a row of its own. Names are scoped
+by braces, as the compiler leaves them around inline assembly.
 """
 
 from __future__ import annotations
@@ -181,7 +181,10 @@ class _Parser:
         """.shared .align 16 .b8 name[128] (= {1, 2}): one, or several without values."""
         text, _, values = text.partition("=")
         space = re.search(r"\.(shared|global|const|local|param)\b", text)[1]
-        kind = re.search(r"\.([bsuf](?:8|16|32|64))\b", text)[1]
+        kind = re.search(r"\.([bsuf](?:8|16|32|64))\b", text)
+        if kind is None or re.search(r"\.(v[248]|attribute|managed)\b", text):
+            raise NotEmulated(self.line(self.at), text, "a variable of another form")
+        kind = kind[1]
         align = re.search(r"\.align\s+(\d+)", text)
         for part in _split(text[re.search(r"\.[bsuf](?:8|16|32|64)\b", text).end() :]):
             name, *dims = re.findall(r"[\w$.%]+|\[\s*\d*\s*\]", part)
@@ -193,10 +196,11 @@ class _Parser:
             width = WIDTHS[kind] // 8
             data = b""
             if values.strip():
-                if kind.startswith("f"):
-                    raise NotEmulated(self.line(self.at), text, "float initialisers")
-                numbers = [int(v, 0) for v in re.findall(r"-?0x[0-9a-fA-F]+|-?\d+", values)]
-                data = b"".join((v % (1 << 8 * width)).to_bytes(width, "little") for v in numbers)
+                numbers = [self.operand(v.strip(), self.line(self.at)) for v in re.sub(r"[{}]", " ", values).split(",")]
+                wanted = {"f32": "f32", "f64": "f64"}.get(kind, "int")
+                if any(not isinstance(v, Imm) or v.kind != wanted for v in numbers):
+                    raise NotEmulated(self.line(self.at), text, "an initialiser of another form")
+                data = b"".join((v.bits % (1 << 8 * width)).to_bytes(width, "little") for v in numbers)
                 data = data.ljust(width * count, b"\0")
             where[name] = Variable(name, space, int(align[1]) if align else width, 0 if extern else width * count, data)
 
@@ -322,8 +326,10 @@ class _Parser:
             return Imm(int(text[2:], 16), "f32")
         if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
             return Imm(int(text[2:], 16), "f64")
-        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
-            return Imm(int(text.rstrip("U"), 0) if not re.fullmatch(r"-?0\d+", text) else int(text, 8))
+        number = re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|0[bB][01]+|0[0-7]*|[1-9]\d*)U?", text)
+        if number:
+            octal = re.fullmatch(r"0[0-7]+", number[2])
+            return Imm((-1 if number[1] else 1) * int(number[2], 8 if octal else 0))
         if re.fullmatch(r"-?\d+\.\d*", text):
             return Imm(struct.unpack("<Q", struct.pack("<d", float(text)))[0], "f64")
         if text == "WARP_SZ":
