@@ -38,7 +38,7 @@ CHECKS = {
         ("weight_only_linear", "check_product", ("zero_point", 4, F16, 5, 33, 96, 3, True), EVERY),
         ("weight_only_linear", "check_product", ("column", 3, BF16, 40, 33, 96, 1, False), EVERY),
         ("weight_only_linear", "check_identity", ("zero_point", 5, F16, 96, 3), EVERY),
-        ("weight_only_linear", "check_identity", ("group", 3, F32, 96, 3), EVERY),
+        ("weight_only_linear", "check_identity", ("scale", 3, F32, 96, 3), EVERY),
     ],
     "codebook_linear": [
         ("codebook_linear", "check", ("e4m3", 4, 16, 35, 37, 159), FP8),
