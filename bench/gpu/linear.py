@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu import launchers
-from bench.gpu.made import Made, about, assert_close, assert_equal, sample
+from bench.gpu.made import Absent, Made, about, assert_close, assert_equal, sample
 from bench.gpu.shapes import Linear
 from bench.gpu.timing import copies
 from pyvit_accel import ops, reference
@@ -123,6 +123,7 @@ def _codes(t: Tensor) -> Tensor:
 def _int_mm(job: Linear, name: str, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     x, w = _codes(x), _codes(w)
     scale = torch.full((w.shape[0],), CODES_A_UNIT**-2.0, device=x.device)
+    torch._dynamo.reset()  # few versions of one function's code are kept
     finish = torch.compile(_finish_codes if job.to_codes else _finish_floats, dynamic=False)
     step = STEP * job.K**0.5
     return lambda: finish(torch._int_mm(x, w.T), scale, bias, step, job.activation)
@@ -160,7 +161,7 @@ def _kept(w: Tensor) -> Tensor:
 
 def _cusparselt(job: Linear, name: str, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     if not torch.backends.cusparselt.is_available():
-        raise RuntimeError("this torch has no cuSPARSELt")
+        raise Absent("this torch has no cuSPARSELt")
     compressed, x = torch._cslt_compress(_codes(w * _kept(w))), _codes(x)
     alpha = torch.tensor(CODES_A_UNIT**-2.0 / (STEP * job.K**0.5), device=x.device)
     out = None if job.to_codes else torch.bfloat16

@@ -11,6 +11,10 @@ from torch import Tensor
 SAMPLED = 96  # rows whose results are checked
 
 
+class Absent(RuntimeError):
+    """A baseline that this machine does not have."""
+
+
 @dataclass(frozen=True)
 class Made:
     """calls: the same on different buffers; about: job, implementation, backend or none for a baseline, kind of

@@ -100,7 +100,8 @@ def images(model: nn.Module, batch: int, device: str) -> Tensor:
 
 
 def compiled(model: nn.Module, whole: bool):
-    """Calls of a bf16 model."""
+    """Calls of a bf16 model. Forgets what was compiled before: of one block's code, few versions are kept."""
+    torch._dynamo.reset()
     if whole:
         return torch.compile(model, dynamic=False)
     for block in model.blocks:

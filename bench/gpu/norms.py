@@ -42,6 +42,7 @@ def make(job: Rows, name: str, device: str) -> Made:
 
     backend = name.rpartition(" ")[2] if name.startswith(OURS) else None
     static = name.startswith("static")
+    torch._dynamo.reset()  # few versions of one function's code are kept
     compiled = torch.compile(_norm if name.endswith("bf16") else _norm_quantize, dynamic=False)
 
     def call(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:

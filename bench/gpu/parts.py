@@ -15,10 +15,10 @@ def _benchmark(name: str) -> tuple[str, ...]:
 
 
 PARTS = (
-    Part("build", "the C++ extension, the CUDA library and the probes", ("-m", "bench.gpu.build"), 20, 240, 3),
+    Part("build", "the C++ extension, the CUDA library and the probes", ("-m", "bench.gpu.build"), 45, 240, 3),
     Part("device", "the card, its clocks, and the ceilings of copies and matmuls", ("-m", "bench.gpu.device"), 4, 20),
     Part("ops", "every op and backend against the reference", ("-m", "bench.gpu.ops"), 12, 60, OPS_SHARDS),
-    Part("linear", "low-bit matmuls beside cuBLAS", _benchmark("linear"), 14, 60),
+    Part("linear", "low-bit matmuls beside cuBLAS", _benchmark("linear"), 18, 60),
     Part("probes", "rates of the pipes", ("-m", "bench.gpu.probes"), 6, 15),
     Part("attention", "attention beside SDPA", _benchmark("attention"), 8, 60),
     Part("rows", "norms and gathers beside torch.compile", _benchmark("rows"), 6, 60),

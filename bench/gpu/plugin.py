@@ -5,9 +5,12 @@ Tests that only compile are left out: they need no GPU, and run without one.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from bench.gpu.task import BROKEN, Task, lost, reason
+from bench.gpu.made import Absent
+from bench.gpu.task import BROKEN, Task, lost, reason, spoiled
 
 COMPILING = ("architecture", "tmp_path")  # what tests that compile for several GPUs ask for
 TASK = Task.current()
@@ -38,8 +41,6 @@ def pytest_runtest_protocol(item: pytest.Item):
     if TASK.late():
         item.session.shouldstop = "no time was left"
         return True
-    import time
-
     TASK.row(item.nodeid, "begun", time=time.time())
     return (yield)
 
@@ -49,12 +50,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
     error = call.excinfo.value if call.excinfo else None
     values = dict(getattr(item, "row", {}))
-    if report.failed:
+    if report.failed and isinstance(error, Absent):
+        TASK.row(item.nodeid, "not run", why=str(error))
+    elif report.failed:
         TASK.row(item.nodeid, "failed", why=f"{report.when}: {reason(error)}", **values)
     elif report.skipped:
         TASK.row(item.nodeid, "not run", why=str(getattr(error, "msg", error)), **values)
     elif report.when == "call":
         TASK.row(item.nodeid, "ok", seconds=round(call.duration, 3), **values)
-    if report.failed and error is not None and lost(error, TASK.device):
-        pytest.exit("the GPU context is lost", returncode=BROKEN)
+    if spoiled() or (report.failed and error is not None and lost(error, TASK.device)):
+        pytest.exit("another process goes on: this one's GPU context is lost, or a graph's capture failed", BROKEN)
     return report

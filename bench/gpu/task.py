@@ -17,7 +17,7 @@ from bench.gpu import rows
 VARIABLE = "PYVIT_ACCEL_GPU_TASK"
 BROKEN = 3  # exit code of a process whose GPU context is lost; another one takes the items that are left
 STICKY = ("illegal memory access", "illegal instruction", "launch failure", "device-side assert", "misaligned address",
-          "uncorrectable", "cudaErrorLaunch", "CUDA_ERROR_ILLEGAL", "hardware stack error")  # fmt: skip
+          "uncorrectable", "captur", "cudaErrorLaunch", "CUDA_ERROR_ILLEGAL", "hardware stack error")  # fmt: skip
 
 
 @dataclass
@@ -77,6 +77,8 @@ class Task:
                 os._exit(BROKEN)
         else:
             self.row(name, **({"status": "ok"} | values))
+        if spoiled():
+            os._exit(BROKEN)
 
     def run(self, work: dict[str, Callable[[], dict]]) -> None:
         """Every item in turn, its values in its row; what time does not reach is left to the supervisor."""
@@ -85,6 +87,18 @@ class Task:
                 return
             with self.item(name) as values:
                 values |= work[name]() or {}
+
+
+def spoil() -> None:
+    """A capture failed: the allocator may still believe in it, so this process should end after its item."""
+    _SPOILED.append(True)
+
+
+def spoiled() -> bool:
+    return bool(_SPOILED)
+
+
+_SPOILED: list[bool] = []
 
 
 def reason(error: BaseException) -> str:

@@ -9,6 +9,8 @@ from statistics import median
 
 import torch
 
+from bench.gpu.task import reason, spoil
+
 SETTLE_S = 1.5
 ROUND_S = 4e-3  # of a replay: the time around it is then below one part in a hundred
 MAX_CALLS = 1000  # in a graph
@@ -81,10 +83,11 @@ class Rounds:
                 self._capture()
             except Exception as error:
                 torch.cuda.synchronize()  # raises where the context is lost
-                self.graph, self.why_not = None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                spoil()
+                self.graph, self.why_not = None, reason(error)
             self._on_gpu()
             took = self._on_gpu()
-            if took > ROUND_S / 3 or self.length >= MAX_CALLS:
+            if took > ROUND_S / 3 or self.length >= MAX_CALLS or self.why_not:
                 break
             self.length = min(MAX_CALLS, round(self.length * ROUND_S / took) + 1)
 
