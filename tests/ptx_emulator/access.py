@@ -37,9 +37,7 @@ def shape(ins) -> tuple[str, int, int]:
 
 def read_bytes(g, ins, where: str, addresses: np.ndarray, nbytes: int) -> np.ndarray:
     """Bytes (threads, nbytes)."""
-    if where == "generic":
-        where = space_of(addresses)
-        addresses = addresses - np.uint64(WINDOWS[where])
+    where, addresses = resolve(ins, where, addresses)
     if where in ("global", "const"):
         return g.cta.machine.memory.read(addresses, nbytes)
     if where == "shared":
@@ -49,6 +47,17 @@ def read_bytes(g, ins, where: str, addresses: np.ndarray, nbytes: int) -> np.nda
     if where == "param":
         return g.cta.machine.params[_inside(addresses, nbytes, "param read", len(g.cta.machine.params))]
     return g.cta.local[g.threads[:, None], _inside(addresses, nbytes, "local read", g.cta.machine.program.local_bytes)]
+
+
+def resolve(ins, where: str, addresses: np.ndarray) -> tuple[str, np.ndarray]:
+    """The space of generic addresses, and the addresses there."""
+    if where != "generic":
+        return where, addresses
+    windows = addresses >> np.uint64(48)
+    if (windows != windows[0]).any():
+        raise NotEmulated(ins.line, ins.text, "generic addresses of several spaces in one instruction")
+    where = space_of(addresses)
+    return where, addresses - np.uint64(WINDOWS[where])
 
 
 def _inside(addresses, nbytes: int, what: str, size: int) -> np.ndarray:
@@ -85,9 +94,7 @@ def each_block(g, addresses: np.ndarray, access, nbytes: int = 0):
 
 def write_bytes(g, ins, where: str, addresses: np.ndarray, data: np.ndarray) -> None:
     nbytes = data.shape[1]
-    if where == "generic":
-        where = space_of(addresses)
-        addresses = addresses - np.uint64(WINDOWS[where])
+    where, addresses = resolve(ins, where, addresses)
     if where == "global":
         cta = g.cta
         g.cta.machine.memory.write(addresses, data, g.threads + cta.index * cta.machine.threads)
@@ -145,10 +152,13 @@ ATOMICS = {
 
 @handles("atom", "red")
 def atomic(ins, program):
-    """Threads one after another, in order of their index. On shared memory of one's own block, and global memory."""
+    """Threads one after another, in order of their index; on global memory."""
     op = next((m for m in ins.mods if m in ATOMICS or m in ("cas", "inc", "dec")), None)
     kind = next((m for m in reversed(ins.mods) if m in TYPES), None)
-    if op in (None, "inc", "dec") or kind is None or any(m in ("v2", "v4", "async", "noftz") for m in ins.mods):
+    known = {"global", "relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys", op, kind}
+    operands = {"cas": 3}.get(op, 2) + (ins.opcode == "atom")
+    kinds = ("u32", "s32", "b32", "u64", "s64", "b64", *(("f32", "f64") if op in ("add", "exch") else ()))
+    if op in (None, "inc", "dec") or set(ins.mods) - known or len(ins.operands) != operands or kind not in kinds:
         raise NotEmulated(ins.line, ins.text)
     returns = ins.opcode == "atom"
     operands = ins.operands[1:] if returns else ins.operands
@@ -158,6 +168,8 @@ def atomic(ins, program):
 
     def step(g):
         addresses = address(g)
+        if resolve(ins, where, addresses)[0] != "global":
+            raise NotEmulated(ins.line, ins.text, "atomics on shared memory")
         args = [np.broadcast_to(np.asarray(v(g), dtype), addresses.shape) for v in values]
         old = np.empty(len(addresses), dtype)
         memory = g.cta.machine.memory
@@ -171,16 +183,15 @@ def atomic(ins, program):
         memory.exclusive = exclusive
         write(g, old)
 
-    if where == "shared":
-        raise NotEmulated(ins.line, ins.text, "atomics on shared memory")
     return step
 
 
 @handles("cvta")
 def cvta(ins, program):
     """To a generic address, or with .to from one."""
-    where = space(ins)
-    bits = next(m for m in ins.mods if m in ("u32", "u64"))
+    where, bits = space(ins), "u64"
+    if where == "generic" or ins.mods[-1] != bits or len(ins.mods) != 2 + ("to" in ins.mods):
+        raise NotEmulated(ins.line, ins.text)
     read, write = program.reader(ins.operands[1], bits, ins), program.writer(ins.operands[0], bits, ins)
     window = np.uint64(WINDOWS[where])
     if "to" in ins.mods:
@@ -191,6 +202,8 @@ def cvta(ins, program):
 @handles("isspacep")
 def is_space(ins, program):
     where, read = space(ins), program.reader(ins.operands[1], "u64", ins)
+    if len(ins.mods) != 1 or where in ("generic", "const"):
+        raise NotEmulated(ins.line, ins.text)
     write = program.writer(ins.operands[0], "pred", ins)
     window = np.uint64(WINDOWS[where] >> 48)
     return lambda g: write(g, np.asarray(read(g)) >> np.uint64(48) == window)
@@ -200,6 +213,8 @@ def is_space(ins, program):
 def mapa(ins, program):
     """The address of the same place in another block of the cluster."""
     bits = ins.mods[-1]
+    if bits not in ("u32", "u64") or ins.mods[:-1] not in ((), ("shared::cluster",)):
+        raise NotEmulated(ins.line, ins.text)
     generic = not any(m.startswith("shared") for m in ins.mods)
     source = ins.operands[1]
     read = program.reader(source, "u32" if isinstance(source, Symbol) else bits, ins)
@@ -216,6 +231,8 @@ def mapa(ins, program):
 
 @handles("getctarank")
 def get_rank(ins, program):
+    if ins.mods[-1] not in ("u32", "u64") or ins.mods[:-1] not in ((), ("shared::cluster",)):
+        raise NotEmulated(ins.line, ins.text)
     read, write = program.reader(ins.operands[1], ins.mods[-1], ins), program.writer(ins.operands[0], "u32", ins)
 
     def step(g):

@@ -115,11 +115,19 @@ def bar(ins, program):
 
 @handles("fence", "membar")
 def fence(ins, program):
-    proxy = "proxy" in ins.mods
-    if proxy and not any(m.startswith(("async", "tensormap", "alias")) for m in ins.mods):
-        raise NotEmulated(ins.line, ins.text)
-    if proxy or "mbarrier_init" in ins.mods:
+    """Of the proxies, and of an mbarrier's init; one that orders ordinary accesses has no effect here."""
+    if ins.mods == ("mbarrier_init", "release", "cluster"):
+
+        def publish(g):
+            for barrier in g.cta.mbarriers.values():
+                barrier.fenced |= barrier.warp in g.warp_ids
+
+        return publish
+    if ins.mods in (("proxy", "async"), ("proxy", "async", "shared::cta"), ("proxy", "async", "shared::cluster")):
         return lambda g: g.cta.clocks.fence(g.warp_ids)
+    known = {"acq_rel", "sc", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"}
+    if set(ins.mods) - known and ins.mods != ("proxy", "async", "global"):
+        raise NotEmulated(ins.line, ins.text)
     return lambda g: None
 
 

@@ -7,12 +7,13 @@ import numpy as np
 from .parse import Imm
 from .program import TYPES, handles
 from .report import NotEmulated
-from .scalar import kind_of, wrap
+from .scalar import allow, kind_of, wrap
 
 
 @handles("and", "or", "xor")
 def logic(ins, program):
     kind = kind_of(ins)
+    allow(ins)
     f = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[ins.opcode]
     return wrap(ins, kind, f, 2, program)
 
@@ -20,6 +21,7 @@ def logic(ins, program):
 @handles("shl", "shr")
 def shift(ins, program):
     kind = kind_of(ins)
+    allow(ins)
     bits = TYPES[kind].itemsize * 8
     value, amount = program.reader(ins.operands[1], kind, ins), program.reader(ins.operands[2], "u32", ins)
     write = program.writer(ins.operands[0], kind, ins)
@@ -36,6 +38,8 @@ def shift(ins, program):
 
 @handles("shf")
 def funnel(ins, program):
+    if len(ins.mods) != 3 or ins.mods[0] not in "lr" or ins.mods[1] not in ("wrap", "clamp") or ins.mods[2] != "b32":
+        raise NotEmulated(ins.line, ins.text)
     low, high, amount = (program.reader(o, "u32", ins) for o in ins.operands[1:4])
     write = program.writer(ins.operands[0], "u32", ins)
     left, clamp = "l" in ins.mods, "clamp" in ins.mods
@@ -91,6 +95,7 @@ def prmt(ins, program):
 @handles("bfe")
 def extract(ins, program):
     kind = kind_of(ins)
+    allow(ins)
     bits = TYPES[kind].itemsize * 8
     value = program.reader(ins.operands[1], kind, ins)
     start, length = (program.reader(o, "u32", ins) for o in ins.operands[2:4])
@@ -114,6 +119,7 @@ def extract(ins, program):
 @handles("bfi")
 def insert(ins, program):
     kind = kind_of(ins)
+    allow(ins)
     bits = TYPES[kind].itemsize * 8
     source, base = (program.reader(o, f"u{bits}", ins) for o in ins.operands[1:3])
     start, length = (program.reader(o, "u32", ins) for o in ins.operands[3:5])
@@ -132,7 +138,9 @@ def insert(ins, program):
 
 @handles("dp4a")
 def dp4a(ins, program):
-    first, second = (m for m in ins.mods if m in ("u32", "s32"))
+    if len(ins.mods) != 2 or set(ins.mods) - {"u32", "s32"}:
+        raise NotEmulated(ins.line, ins.text)
+    first, second = ins.mods
     a, b = (program.reader(o, "u32", ins) for o in ins.operands[1:3])
     c, write = program.reader(ins.operands[3], "s32", ins), program.writer(ins.operands[0], "s32", ins)
 
@@ -150,6 +158,7 @@ def dp4a(ins, program):
 @handles("popc", "clz", "brev", "bfind")
 def count(ins, program):
     kind, op = kind_of(ins), ins.opcode
+    allow(ins, *(("shiftamt",) if op == "bfind" else ()))
     bits = TYPES[kind].itemsize * 8
     read = program.reader(ins.operands[1], f"u{bits}", ins)
     write = program.writer(ins.operands[0], f"u{bits}" if op == "brev" else "u32", ins)
@@ -178,7 +187,7 @@ def count(ins, program):
 def carry(ins, program):
     """add.cc, sub.cc and what takes their carry up: of 32 bits."""
     kind = kind_of(ins)
-    if kind not in ("u32", "s32", "b32"):
+    if kind not in ("u32", "s32", "b32") or set(ins.mods) - {"cc", kind}:
         raise NotEmulated(ins.line, ins.text)
     a, b = (program.reader(o, "u32", ins) for o in ins.operands[1:3])
     write = program.writer(ins.operands[0], "u32", ins)

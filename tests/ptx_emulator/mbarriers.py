@@ -21,6 +21,8 @@ class MBarrier:
     phase: int = 0
     knows: object = None  # what arrived in this phase
     known: object = None  # in the last one
+    warp: int = -1  # that initialised it
+    fenced: bool = False  # by fence.mbarrier_init
     expects: tuple = ()  # the thread and the instruction that last expected bytes
 
     def settle(self) -> None:
@@ -101,7 +103,7 @@ def _init(ins, program, op):
                 raise BadAccess(lane, f"an mbarrier for {n} arrivals")
             shared.write(where, np.zeros((1, 8), np.uint8), g.warps[lane], g.cluster_threads[lane : lane + 1], ins.line)
             shared.barrier[where] = True
-            g.cta.mbarriers[int(address)] = MBarrier(n, n)
+            g.cta.mbarriers[int(address)] = MBarrier(n, n, warp=int(g.warps[lane]))
 
     return step
 
@@ -115,7 +117,7 @@ def check_initialised(g, cta, offset: int, lane: int, proxy: bool = False) -> No
         raise BadAccess(lane, f"the mbarrier at shared byte {offset} is used without a barrier behind its init")
     if writer == warp and not own and shared.epoch[offset] >= clocks.epoch[warp]:
         raise BadAccess(lane, f"the mbarrier at shared byte {offset} is used without a barrier behind its init")
-    if proxy and clock > clocks.fenced[warp, writer]:
+    if proxy and not cta.mbarriers[offset].fenced and clock > clocks.fenced[warp, writer]:
         raise BadAccess(lane, f"no fence between the init of the mbarrier at shared byte {offset} and a bulk copy")
 
 

@@ -156,7 +156,10 @@ class Memory:
 
 def space_of(address: np.ndarray) -> str:
     """The space generic addresses point to; all of them to one."""
-    return {WINDOWS[name] >> 48: name for name in ("global", "shared", "local", "param")}[int(address[0]) >> 48]
+    spaces = {WINDOWS[name] >> 48: name for name in ("global", "shared", "local", "param")}
+    if int(address[0]) >> 48 not in spaces:
+        raise BadAccess(0, f"address 0x{int(address[0]):x} is in no space")
+    return spaces[int(address[0]) >> 48]
 
 
 def check_alignment(addresses: np.ndarray, nbytes: int, what: str) -> None:

@@ -205,7 +205,7 @@ def _constant(operand: Imm, kind: str):
         value = np.uint64(operand.bits).view(np.float64)
         return value.astype(dtype) if dtype.kind == "f" else np.uint64(operand.bits)
     if dtype.kind == "f" and operand.kind == "int":
-        return dtype.type(operand.bits)
+        raise NotEmulated(0, str(operand.bits), f"an integer as {kind}")
     return np.array(operand.bits % (1 << 8 * dtype.itemsize), np.dtype(f"u{dtype.itemsize}")).view(dtype)[()]
 
 

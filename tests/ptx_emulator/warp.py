@@ -157,6 +157,8 @@ def redux(ins, program):
 
 @handles("activemask")
 def active_mask(ins, program):
+    if ins.mods != ("b32",):
+        raise NotEmulated(ins.line, ins.text)
     write = program.writer(ins.operands[0], "b32", ins)
 
     def step(g):
