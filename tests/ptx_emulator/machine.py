@@ -69,7 +69,7 @@ class Cta:
         self.state = np.full(T, RUNNING)
         self.since = np.zeros(T, np.int64)  # when each last ran
         self.waits: list[tuple[Wait, Instruction]] = []
-        self.pending: dict = {}  # of wgmma: see matrix.py
+        self.pending: dict = {}  # of wgmma: see flight.py
         self.peers: list[Cta] = [self]
         self.barriers: dict = {}
         self.mbarriers: dict = {}
@@ -150,7 +150,7 @@ class Cta:
 
 
 def check_pending(pending: dict, group: Group, ins: Instruction) -> None:
-    """Fault when an instruction touches registers that a wgmma in flight owns. pending: see matrix.py."""
+    """Fault when an instruction touches registers that a wgmma in flight owns. pending: see flight.py."""
     for guard in pending.values():
         guard(group, ins)
 
@@ -163,7 +163,7 @@ class Machine:
     shared         bytes of dynamic shared memory
     complete       every byte of "write" allocations must be written
     held_operands  a wgmma's A registers may not be written before it is waited for. The PTX ISA says so. Triton leaves
-                   it to the assembler, which keeps the old value in a register of its own until the wait.
+                   it to the assembler, which keeps the old value in another register, or puts a wait there.
     """
 
     def __init__(
