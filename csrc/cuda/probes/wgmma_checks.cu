@@ -30,14 +30,15 @@ __global__ void __launch_bounds__(THREADS) one_tile(const uint4* a, const uint32
   const uint64_t from = descriptor(static_cast<uint32_t>(__cvta_generic_to_shared(tile)));
   const uint4 w = a[threadIdx.x];
   int32_t d[32] = {};
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  // The fence is part of the statement, so that every register it reads is written before.
   if constexpr (SPARSE) {
-    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n64k64.s32.s8.s8 " REGISTERS_32
+    asm volatile("wgmma.fence.sync.aligned;\nwgmma.mma_async.sp.sync.aligned.m64n64k64.s32.s8.s8 " REGISTERS_32
                  ", {%32, %33, %34, %35}, %36, %37, 0, 1;\n"
                  : OUT_8(0), OUT_8(8), OUT_8(16), OUT_8(24)
                  : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(from), "r"(meta[threadIdx.x]));
   } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " REGISTERS_32 ", {%32, %33, %34, %35}, %36, 1;\n"
+    asm volatile("wgmma.fence.sync.aligned;\nwgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " REGISTERS_32
+                 ", {%32, %33, %34, %35}, %36, 1;\n"
                  : OUT_8(0), OUT_8(8), OUT_8(16), OUT_8(24)
                  : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(from));
   }
