@@ -11,5 +11,6 @@
     multiquant  weight, activation (MultiQuant): 2 bits without a zero
     pow2        q_weight, ps_weight (ShiftAddViT): powers of two
     fp8         fp8: the bytes of e4m3 and e5m2
+    sparse24    P24 v1: 2:4 sparse weights as sparse tensor cores read them; to and from torch's layout
     softmax     probabilities from the logarithm: linear_mantissa, log2, of_codebook; what quant_attention takes
 """
