@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bench.gpu import launchers
 from bench.gpu.guarded import LARGE, NAN, Guarded
 from bench.gpu.task import Task
+from pyvit_accel import backends
 
 FLOAT = ("weight_only_linear", "propagate", "local_assign", "class_row", "match_tokens", "linear mantissa")
 BOUND = 2e-3  # |result - truth| / |truth| of these
@@ -46,12 +48,13 @@ def items(found: dict[str, Callable], device: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def check(call, backend: str, device: str, exact: bool) -> dict:
-    from pyvit_accel import backends
-
+def truth_of(call) -> list[Tensor]:
     with backends.use_reference():
-        truth = _results(call())
-    first = None
+        return _results(call())
+
+
+def check(call, backend: str, device: str, exact: bool, truth: list[Tensor] | None = None) -> dict:
+    truth, first = truth or truth_of(call), None
     for fill in (NAN, LARGE):
         guard = Guarded(fill)
         there = moved(call, lambda t, guard=guard: guard.place(t, device), device)
@@ -140,13 +143,14 @@ def main() -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // task.shards))
     with torch.inference_mode():
         found = calls(Path(task.root), task.device)
-        pairs = items(found, task.device)[task.shard :: task.shards]
-        task.run({
-            f"{name}, {backend}": lambda name=name, backend=backend: check(
-                found[name], backend, task.device, not any(f in name for f in FLOAT)
-            )
-            for backend, name in pairs
-        })  # fmt: skip
+        mine = list(found)[task.shard :: task.shards]  # of one call all implementations: they share compiled kernels
+        truth = cache(lambda name: truth_of(found[name]))
+
+        def one(backend: str, name: str) -> dict:
+            return check(found[name], backend, task.device, not any(f in name for f in FLOAT), truth(name))
+
+        pairs = [pair for pair in items(found, task.device) if pair[1] in mine]
+        task.run({f"{name}, {backend}": partial(one, backend, name) for backend, name in pairs})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 from bench.gpu.supervise import Part
 
 CPUS = os.cpu_count() or 1
-OPS_SHARDS, TEST_SHARDS = max(1, min(6, CPUS // 2)), max(1, min(14, CPUS - 2))  # compiling takes the most time
+OPS_SHARDS, TEST_SHARDS = max(1, min(8, CPUS // 2)), max(1, min(14, CPUS - 2))  # compiling takes the most time
 
 
 def _benchmark(name: str) -> tuple[str, ...]:

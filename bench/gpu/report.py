@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.gpu import goals, rows
 from bench.gpu.floors import ceilings, floor_ms
 
-NAMES = 12  # of failures that the summary shows
+NAMES = 16  # of failures and losses that the summary shows
 ASSUMED = "assumed"
 
 
@@ -28,7 +28,7 @@ def write(output: Path, work: Path | None = None) -> str:
     text = "\n\n".join([_head(found), _counts(found), _goals(verdicts), _losses(found), *_tables(found), _rates(found)])
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     drawn = _chart(output, found, verdicts)
-    return "\n\n".join([_head(found), _counts(found), _goals(verdicts, False), _losses(found), _rates(found),
+    return "\n\n".join([_head(found), _counts(found), _goals(verdicts, False), _losses(found, NAMES), _rates(found),
                         f"GPU suite: {output}: rows.jsonl, results.json, table.md{drawn}"])  # fmt: skip
 
 
@@ -69,10 +69,17 @@ def _counts(found: list[dict]) -> str:
     parts = list(dict.fromkeys(row["part"] for row in found if row["part"] != "suite"))
     counts = {part: Counter(row["status"] for row in found if row["part"] == part) for part in parts}
     table = markdown(("part", *rows.FINAL), [(p, *(counts[p][status] for status in rows.FINAL)) for p in parts])
-    failed = [row for row in found if row["status"] == "failed"]
-    lines = [f"- {row['part']}: {row['item']}: {str(row.get('why', ''))[:160]}" for row in failed]
-    more = [f"- and {len(lines) - NAMES} more, in rows.jsonl"] if len(lines) > NAMES else []
-    return "\n".join(["## What ran", "", table, "", f"{len(failed)} failed", *lines[:NAMES], *more])
+    failed: dict[tuple, list[dict]] = {}
+    for row in found:
+        if row["status"] == "failed":
+            failed.setdefault((row["part"], str(row.get("why", ""))[:60]), []).append(row)
+    lines = [
+        f"- {part}: {alike[0]['item']}{f' and {len(alike) - 1} more' if alike[1:] else ''}: {alike[0].get('why')}"[:300]
+        for (part, _), alike in failed.items()
+    ]
+    more = [f"- and {len(lines) - NAMES} other kinds, in rows.jsonl"] if len(lines) > NAMES else []
+    count = sum(map(len, failed.values()))
+    return "\n".join(["## What ran", "", table, "", f"{count} failed", *lines[:NAMES], *more])
 
 
 def _goals(verdicts: list[goals.Verdict], missing: bool = True) -> str:
@@ -90,8 +97,8 @@ def _goals(verdicts: list[goals.Verdict], missing: bool = True) -> str:
     return "\n".join([f"## Goals: {heading}", "", markdown(("goal", "wanted", "measured", "of", ""), ran), *tail])
 
 
-def _losses(found: list[dict]) -> str:
-    """Ours that are slower than some baseline: when not to use them."""
+def _losses(found: list[dict], most: int | None = None) -> str:
+    """Ours that are slower than some baseline, the worst first: when not to use them."""
     lines = []
     for job, of_job in _by_job(found).items():
         baselines = [row for row in of_job if not row.get("backend")]
@@ -99,8 +106,10 @@ def _losses(found: list[dict]) -> str:
         for row in of_job:
             if row.get("backend") and best is not None and row["ms"] > best["ms"]:
                 both = f"{row['ms']:.4g} ms, {best['implementation']} {best['ms']:.4g} ms"
-                lines.append(f"- {job}: {goals.called(row)} {both}: {best['ms'] / row['ms']:.2f}x")
-    return "\n".join([f"## Losses: {len(lines)}", "", *(lines or ["none"])])
+                ratio = best["ms"] / row["ms"]
+                lines.append((ratio, f"- {job}: {goals.called(row)} {both}: {ratio:.2f}x"))
+    shown = [line for _, line in sorted(lines)[:most]]
+    return "\n".join([f"## Losses: {len(lines)}", "", *(shown or ["none"])])
 
 
 def _by_job(found: list[dict]) -> dict[str, list[dict]]:

@@ -20,6 +20,7 @@ TICK = 0.1  # seconds between looks
 GRACE = 5.0  # seconds a process has after its deadline to end its item
 MAX_CRASHES = 8
 CUT = "cut off"
+LOG_BYTES = 2**19  # that are kept of what a process prints
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def run_part(part: Part, task: Task, log: Path) -> None:
         list(pool.map(lambda shard, own: _supervise(part, shard, own), shards, logs))
     with open(log, "ab") as out:
         for own in logs:
-            out.write(own.read_bytes())
+            out.write(own.read_bytes()[-LOG_BYTES:])
 
 
 def environment(task: Task) -> dict[str, str]:

@@ -15,7 +15,7 @@ CODES = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TE
 def main() -> int:
     task = Task.current()
     folder = Path(task.root) / "tests"
-    files = [str(path) for path in sorted(folder.glob("test_triton_*.py"))]
+    files = [str(path) for path in sorted(folder.glob("test_triton_*.py")) if "emulated" not in path.name]
     options = ["-q", "-p", "bench.gpu.plugin", "-p", "no:cacheprovider", "-p", "no:benchmark", f"--rootdir={task.root}"]
     code = pytest.main([*files, *options, "--tb=short", *(["-k", "rows"] if task.quick else [])])
     return 0 if code in CODES else int(code)  # failures are in the rows
