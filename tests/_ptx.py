@@ -19,12 +19,26 @@ REGISTERS = """.reg .pred %p<16>; .reg .b16 %h<16>; .reg .b32 %r<64>; .reg .f32 
 ld.param.u64 %d0, [in]; ld.param.u64 %d1, [out]; ld.param.u32 %r0, [n];
 mov.u32 %r1, %tid.x; mul.wide.u32 %d2, %r1, 4; add.s64 %d3, %d1, %d2;
 """
+SHARED = ".extern .shared .align 16 .b8 tile[];"  # as large as the launch says
+STORE = "st.global.u32 [%d3], %r10;"
 
 
 def kernel(body: str, module: str = "") -> str:
     """An entry with parameters in, out, n: %d0, %d1, %r0. %r1 is the thread, %d3 the address of its output word."""
     entry = ".visible .entry kernel(.param .u64 in, .param .u64 out, .param .u32 n)\n{\n"
     return f"{HEAD}{module}\n{entry}{REGISTERS}{body}\nret;\n}}\n"
+
+
+def lanes(n: int = 32) -> np.ndarray:
+    """0 to n - 1, uint32."""
+    return np.arange(n, dtype=np.uint32)
+
+
+def filled(template: str, parts: dict[str, str]) -> str:
+    """PTX has braces of its own: only {name} of the parts is replaced."""
+    for name, text in parts.items():
+        template = template.replace("{" + name + "}", text)
+    return template
 
 
 def execute(
@@ -38,7 +52,8 @@ def execute(
     size = int(np.prod(threads)) * blocks if words is None else words
     out = memory.allocate("out", np.zeros(size, np.uint32), mode)
     program = load(ptx or kernel(body, module), "kernel")
-    run(program, grid, threads, struct.pack("<QQI", source, out, n), memory, shared, cluster, complete)
+    params = struct.pack("<QQI", source, out, n)
+    run(program, grid, threads, params, memory, shared=shared, cluster=cluster, complete=complete)
     return memory["out"].view(np.uint32)
 
 

@@ -244,7 +244,7 @@ class _Parser:
                 return
 
     def body(self) -> None:
-        label = re.compile(r"([$\w]+)\s*:(?!:)")
+        label, word = re.compile(r"([$\w]+)\s*:(?!:)"), re.compile(r"\.\w+")
         entry = self.entry
         self.scopes, branches = [], []
         while self.blank():
@@ -265,7 +265,8 @@ class _Parser:
                 self.scopes[-1][m[1]] = len(entry.instructions)
                 continue
             start = self.at
-            if self.text.startswith(LINE_DIRECTIVES, start):
+            m = word.match(self.text, start)
+            if m and m[0] in LINE_DIRECTIVES:
                 self.directive(self.until(r"\n"))
                 continue
             text = " ".join(self.until(";").split())

@@ -320,12 +320,24 @@ def trap(ins, program):
 
 @handles("bra")
 def branch(ins, program):
+    if set(ins.mods) - {"uni"}:
+        raise NotEmulated(ins.line, ins.text)
     return lambda g: None  # the machine's own
 
 
-@handles("nanosleep", "prefetch", "prefetchu", "griddepcontrol", "setmaxnreg", "pmevent", "applypriority")
+HINTS = {
+    "nanosleep": {"u32"}, "prefetchu": {"L1"},
+    "prefetch": {"global", "L1", "L2", "L2::evict_last", "L2::evict_normal", "tensormap", "param"},
+    "griddepcontrol": {"wait", "launch_dependents"}, "pmevent": {"mask"},
+    "setmaxnreg": {"inc", "dec", "sync", "aligned", "u32"}, "applypriority": {"global", "L2::evict_normal"},
+}  # fmt: skip
+
+
+@handles(*HINTS)
 def nothing(ins, program):
     """Hints; of griddepcontrol because one launch runs alone."""
+    if set(ins.mods) - HINTS[ins.opcode]:
+        raise NotEmulated(ins.line, ins.text)
     return lambda g: None
 
 
