@@ -5,8 +5,8 @@
 //     y         (M, N)  float32 or int8 codes, epilogue.cuh
 //
 // The grid is persistent: a block takes tiles blockIdx.x, + gridDim.x .. of FEATURES x TOKENS. One thread copies ahead, 128
-// inputs a stage, as far as there are stages, across tiles too; 128 threads (a consumer) multiply each 128 features. Large
-// tiles come in clusters of two blocks, of the same features: each copies half of the weights, to both:
+// inputs a stage, as far as there are stages, across tiles too; 128 threads (a consumer) multiply each 128 features. Where
+// 128 tokens or more share weights, so do clusters of two blocks: each copies half of them, to both:
 //
 //     global                   shared, 128-byte swizzle           registers
 //     x rows of 128 bytes      [TOKENS][128]                      never: operand B of wgmma is read from shared memory

@@ -14,14 +14,14 @@
 //
 //     features x tokens   cluster   shared memory (128)   L2 (24 to 46)   registers of a lane: sums + two steps of A
 //                                   8 bits    4 bits      8 bits  4 bits
-//     128 x 128           1         160       128         64      48      128 + 16, two blocks an SM
+//     128 x 128           2         160       128         48      40      128 + 16, two blocks an SM
 //     256 x 128           2         144       112         32      24      128 + 16
 //     256 x 176           2         127       103         28      22      176 + 16 (with 192 + 16 the epilogue spills)
 //
-// So 256 x 176 is the one that keeps the tensor cores busy at 8 bits, and 128 x 128 takes 64 / 40 = 1.6 times the time of its
-// products. But at K = 768 a tile of 256 x 176 is 24 x 352 clocks of products, and then an epilogue of some 12 instructions
-// an output, 40 with GELU, at 128 lanes a clock: 4200 to 14000 clocks in which the tensor cores rest. Two blocks of 128 x 128
-// on an SM fill each other's. And small M or N leave SMs without a tile of the large ones. Hence all of them; the plan
+// So 256 x 176 is the one that keeps the tensor cores busy at 8 bits; 128 x 128 takes 1.25 times the time of its products.
+// But the epilogue has 23 instructions an output (codes, a bias), 55 with GELU, for 128 lanes a clock: at K = 768, 8100 to
+// 19000 clocks after the 8400 of the products of 256 x 176, in which the tensor cores rest. Two blocks of 128 x 128 on an SM
+// fill each other's. And small M or N leave SMs without a tile of the large ones. Hence all of them; the plan
 // (lowbit_linear.cu) chooses. With 64 tokens or fewer, memory is the floor: the weights come once, whatever the tile.
 //
 // Registers. An SM has 512 a lane in each of its four quarters, and warp w is in quarter w % 4. A fifth warp of a block, for
@@ -43,7 +43,7 @@ struct HopperTile {
   static constexpr int W_BITS = W_BITS_, CONSUMERS = CONSUMERS_, TOKENS = TOKENS_;
   static constexpr int FEATURES = 128 * CONSUMERS;
   static constexpr int BLOCKS_PER_SM = CONSUMERS == 1 ? 2 : 1;
-  static constexpr int CLUSTER = CONSUMERS == 1 ? 1 : 2;  // blocks of the same features, each of which copies its share to all
+  static constexpr int CLUSTER = TOKENS < 128 ? 1 : 2;  // blocks of the same features, each of which copies its share to all
   static constexpr int THREADS = 128 * (CONSUMERS + 1);  // the last 128 are the producer's
   static constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : 240, PRODUCER_REGISTERS = 24;
 
