@@ -14,7 +14,6 @@ from bench.gpu.task import BROKEN, Task, lost, reason, spoiled
 
 COMPILING = ("architecture", "tmp_path")  # what tests that compile for several GPUs ask for
 TASK = Task.current()
-START = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,13 +35,13 @@ def in_turn(items: list[pytest.Item]) -> list[pytest.Item]:
     return [item for _, item in sorted(zip(turns, items, strict=True), key=lambda pair: pair[0])]
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     if TASK.late():
         item.session.shouldstop = "no time was left"
-        return True
+        return True  # nothing is left to do for this item
     TASK.row(item.nodeid, "begun", time=time.time())
-    return (yield)
+    return None
 
 
 @pytest.hookimpl(wrapper=True)
