@@ -23,6 +23,7 @@ OPS = (
     "lowbit_linear",
     "lowbit_linear_scatter",
     "weight_only_linear",
+    "sparse24_linear",
     "codebook_linear",
     "quant_attention",
     "quant_patch_embed",
@@ -49,7 +50,8 @@ def owners() -> list[tuple[str, str, str]]:
         owner = {}
         for key, name in (("CPU", "C++"), ("CUDA", "Triton")):
             has = torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit_accel::{op}", key)
-            owner[key] = name if has else "reference"
+            otherwise = "dense matmul" if op == "sparse24_linear" else "reference"  # of the unpacked weight
+            owner[key] = name if has else otherwise
         if HAS_CUDA_LIBRARY and op == "lowbit_linear":
             owner["CUDA"] = f"CUDA C++ on sm_90 (4, 8 bits, no index), else {'Triton' if HAS_TRITON else 'reference'}"
         if owner["CPU"] == "C++":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvit_accel import backends, ops
-from pyvit_accel.formats import affine, packed
+from pyvit_accel.formats import affine, packed, sparse24
 from pyvit_accel.formats.softmax import SoftmaxFormat
 
 U32 = 2.0**-24  # unit roundoff of float32
@@ -29,6 +29,12 @@ def weights(N: int, K: int, kind: str = "random", bits: int = 8) -> tuple[Tensor
     """Codes (N, K) of `bits` bits, but -127..127 for 8, their packed form, and a scale (N,)."""
     q = (codes(kind, N, K) >> (8 - bits)).clamp(min=affine.weight_range(bits)[0])
     return q, packed.pack(q, bits), torch.rand(N) * 0.01 + 1e-4
+
+
+def sparse_codes(N: int, K: int, kind: str = "random") -> Tensor:
+    """int8 codes (N, K), of which two of every four inputs, any two, are zero."""
+    keep = torch.rand(N, -(-K // 4), 4).argsort(dim=-1).argsort(dim=-1) < 2
+    return codes(kind, N, K).clamp(min=-127) * keep.flatten(1)[:, :K]
 
 
 def padded(x: Tensor) -> Tensor:
@@ -199,6 +205,7 @@ def one_call_of_each() -> dict[str, Call]:
         "quant_attention to codes": Call(ops.quant_attention, attention, biases | {"out_scale": torch.rand(1) + 0.1}),
         "quant_patch_embed": Call(ops.quant_patch_embed, (images, patch_packed, patch_scale, torch.randn(6, N), 4)),
     }
+    calls |= sparse_calls(M, K, N, epilogue)
     calls["quant_block"] = Call(ops.quant_block, (), block(2, 7, 48, 2, 80) | {"tokens": 5})
     calls["quant_mlp"] = Call(ops.quant_mlp, (), mlp(block(2, 7, 48, 2, 80)))
     lists = (torch.randint(0, 4, (2, 7)).int(), 4, torch.rand(2, 7) + 0.1)
@@ -207,6 +214,19 @@ def one_call_of_each() -> dict[str, Call]:
     calls |= token_calls(B, M, H, D)
     torch.set_rng_state(generator_state)
     return calls
+
+
+def sparse_calls(M: int, K: int, N: int, epilogue: dict) -> dict[str, Call]:
+    w = sparse_codes(N, K)
+    scales = {"x_scale": torch.rand(M) * 0.1, "w_scale": torch.rand(N) * 0.1, "w_sum": w.sum(1, dtype=torch.int32)}
+    shared = epilogue | {"out_features": N}
+    floats = (torch.randn(M, K).half(), *sparse24.pack(w.half() / 64), torch.randn(N))
+    integers = (codes("random", M, K), *sparse24.pack(w), torch.randn(N))
+    return {
+        "sparse24_linear of floats": Call(ops.sparse24_linear, floats, shared | {"x_zero_point": 0}),
+        "sparse24_linear": Call(ops.sparse24_linear, integers, shared | scales),
+        "sparse24_linear to codes": Call(ops.sparse24_linear, integers, shared | scales | {"out_scale": torch.rand(1)}),
+    }
 
 
 def token_calls(B: int, N: int, H: int, D: int) -> dict[str, Call]:

@@ -16,6 +16,7 @@ from .quant_patch_embed import quant_patch_embed
 from .quant_project import quant_project
 from .quantize import quantize
 from .select_tokens import group_tokens, select_tokens, split_tokens
+from .sparse24_linear import sparse24_linear
 from .weight_only_linear import weight_only_linear
 
 _library.finish()
@@ -40,6 +41,7 @@ __all__ = [
     "quant_project",
     "quantize",
     "select_tokens",
+    "sparse24_linear",
     "split_tokens",
     "weight_only_linear",
 ]

@@ -15,6 +15,7 @@ from .quant_patch_embed import quant_patch_embed
 from .quant_project import quant_project
 from .quantize import quantize, quantize_dynamic
 from .select_tokens import group_tokens, select_tokens, split_tokens
+from .sparse24_linear import sparse24_linear
 from .weight_only_linear import weight_only_linear
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "quantize",
     "quantize_dynamic",
     "select_tokens",
+    "sparse24_linear",
     "split_tokens",
     "weight_only_linear",
 ]
