@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.gpu import rows
 
 VARIABLE = "PYVIT_ACCEL_GPU_TASK"
-BROKEN = 3  # exit code of a process whose GPU context is lost; another one takes the items that are left
+BROKEN = 77  # exit code of a process whose GPU context is lost; another one takes the items that are left
 STICKY = ("illegal memory access", "illegal instruction", "launch failure", "device-side assert", "misaligned address",
           "uncorrectable", "captur", "cudaErrorLaunch", "CUDA_ERROR_ILLEGAL", "hardware stack error")  # fmt: skip
 
