@@ -23,9 +23,9 @@ SHARED = ".extern .shared .align 16 .b8 tile[];"  # as large as the launch says
 STORE = "st.global.u32 [%d3], %r10;"
 
 
-def kernel(body: str, module: str = "") -> str:
+def kernel(body: str, module: str = "", params: str = "") -> str:
     """An entry with parameters in, out, n: %d0, %d1, %r0. %r1 is the thread, %d3 the address of its output word."""
-    entry = ".visible .entry kernel(.param .u64 in, .param .u64 out, .param .u32 n)\n{\n"
+    entry = ".visible .entry kernel(.param .u64 in, .param .u64 out, .param .u32 n" + params + ")\n{\n"
     return f"{HEAD}{module}\n{entry}{REGISTERS}{body}\nret;\n}}\n"
 
 
@@ -42,17 +42,23 @@ def filled(template: str, parts: dict[str, str]) -> str:
 
 
 def execute(
-    body, threads=32, grid=1, given=(0,), n=0, words=None, module="", shared=0, cluster=1, mode="write", complete=True,
-    ptx=None, memory=None,
+    body: str, threads=32, grid=1, given=(0,), n=0, words=None, module="", shared=0, cluster=1, mode="write",
+    complete=True, tensor=None,
 ) -> np.ndarray:  # fmt: skip
-    """Runs the body. given: an array behind `in`; returns the output, uint32 of `words`, or one for every thread."""
-    memory = memory or Memory()
-    blocks = int(np.prod(grid))
-    source = memory.allocate("in", np.asarray(given) if isinstance(given, np.ndarray) else np.array(given, np.uint32))
-    size = int(np.prod(threads)) * blocks if words is None else words
+    """Runs the body; returns the output, uint32.
+
+    given   what is behind `in`, an array or words
+    words   of the output, one for every thread without it
+    tensor  makes a tensor map of the addresses of input and output: it comes as a parameter `map`
+    """
+    memory = Memory()
+    source = memory.allocate("in", given if isinstance(given, np.ndarray) else np.array(given, np.uint32))
+    size = int(np.prod(threads)) * int(np.prod(grid)) if words is None else words
     out = memory.allocate("out", np.zeros(size, np.uint32), mode)
-    program = load(ptx or kernel(body, module), "kernel")
     params = struct.pack("<QQI", source, out, n)
+    if tensor is not None:
+        params = params.ljust(64, b"\0") + tensor(source, out).encode()
+    program = load(kernel(body, module, "" if tensor is None else ", .param .align 64 .b8 map[128]"), "kernel")
     run(program, grid, threads, params, memory, shared=shared, cluster=cluster, complete=complete)
     return memory["out"].view(np.uint32)
 

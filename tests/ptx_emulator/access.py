@@ -6,7 +6,7 @@ import numpy as np
 
 from .memory import BLOCK_SHIFT, SHARED_WINDOW, WINDOWS, BadAccess, check_alignment, space_of
 from .parse import SINK, Symbol, Vector
-from .program import TYPES, handles
+from .program import EXITED, TYPES, handles
 from .report import NotEmulated
 
 SPACES = ("global", "shared", "local", "param", "const")
@@ -83,6 +83,8 @@ def each_block(g, addresses: np.ndarray, access, nbytes: int = 0):
         if rank > len(g.cta.peers):
             raise BadAccess(int(part[0]), f"shared address of block {rank - 1} of a cluster of {len(g.cta.peers)}")
         cta = g.cta if rank == 0 else g.cta.peers[rank - 1]
+        if (cta.state == EXITED).all():
+            raise BadAccess(int(part[0]), f"shared memory of block {rank - 1} of the cluster, which has ended")
         try:
             found = access(part, cta, inside[part])
         except BadAccess as bad:

@@ -193,7 +193,8 @@ def _out_of_shared(ins, program, tensor: bool):
                 raise BadAccess(lane, "a swizzled box reaches beyond shared memory")
             data = shared.read(at, clocks.bulk + warp, None, ins.line, knows=warp)[0]
             who = np.full(int(inside.sum()), int(g.threads[lane]) + g.cta.index * g.cta.machine.threads)
-            memory.write(address[inside].astype(np.uint64), data[inside][:, None], who)
+            if inside.any():
+                memory.write(address[inside].astype(np.uint64), data[inside][:, None], who)
             one = g.among(g.threads == g.threads[lane])
             groups = g.cta.bulk_groups.setdefault(int(g.threads[lane]), [(0, [])])
             groups[-1][1].append((one, ins))

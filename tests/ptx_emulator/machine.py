@@ -92,6 +92,8 @@ class Cta:
     def run_some(self) -> bool:
         """Some threads execute up to the next branch, wait or meeting point; False when none can."""
         self.turns = now = self.turns + 1
+        if now > self.machine.patience:
+            self._fault_endless()
         if self.waits:
             self.wake()
         runnable = np.flatnonzero(self.state == RUNNING)
@@ -103,6 +105,12 @@ class Cta:
         self.since[threads] = now
         self._run(Group(self, threads), position)
         return True
+
+    def _fault_endless(self) -> None:
+        busy = np.flatnonzero(self.state == RUNNING)
+        thread = busy[self.since[busy].argmax()] if len(busy) else self.waits[0][0].threads[0]
+        ins = self.machine.program.entry.instructions[self.position_of[thread]]
+        Group(self, np.array([thread])).fault(ins, f"the block does not end: {self.turns} turns of its threads", 0)
 
     def _run(self, group: Group, position: int) -> None:
         program = self.machine.program
@@ -186,6 +194,8 @@ class Machine:
                 mode = "read" if v.space == "const" else "update"
                 self.global_addresses[v.name] = memory.allocate(v.name, data, mode)
         self.executed = 0
+
+    patience = 1_000_000  # turns of a block's threads before it is taken for endless
 
     def tick(self) -> int:
         self.executed += 1
