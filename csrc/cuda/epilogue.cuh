@@ -17,7 +17,8 @@ enum Activation { NONE, GELU, GELU_TANH, QUICK_GELU };
 
 // What belongs to four features n .. n + 3.
 struct Features {
-  float w_scale[4], bias[4], layer_scale[4], inv_scale[4];
+  float scale[4];  // w_scale, times x_scale if there is but one
+  float bias[4], layer_scale[4], inv_scale[4];
   int32_t zero[4];  // x_zero_point w_sum
 };
 
@@ -36,7 +37,12 @@ DEVICE void load4(const float* p, int n, int N, bool vectors, float (&to)[4]) {
 DEVICE Features load_features(const Epilogue& e, int n) {
   Features f = {};
   if (n >= e.N) return f;
-  load4(e.w_scale, n, e.N, e.vectors, f.w_scale);
+  load4(e.w_scale, n, e.N, e.vectors, f.scale);
+  if (!e.x_scale_per_row) {
+    const float x_scale = __ldg(e.x_scale);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) f.scale[i] = x_scale * f.scale[i];
+  }
   if (e.bias) load4(e.bias, n, e.N, e.vectors, f.bias);
   if (e.layer_scale) load4(e.layer_scale, n, e.N, e.vectors, f.layer_scale);
   if (e.x_zero_point) {
@@ -97,10 +103,21 @@ DEVICE void finish(const Epilogue& e, const Features& f, int m, int n, const int
   const auto readable = [&](int j) { return min(token(j), e.M - 1); };
   float y[TOKENS][4];
 #pragma unroll
-  for (int j = 0; j < TOKENS; ++j) {
-    const float x_scale = __ldg(e.x_scale + (e.x_scale_per_row ? readable(j) : 0));
+  for (int j = 0; j < TOKENS; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y[j][i] = static_cast<float>(sums[j][i] - f.zero[i]) * (x_scale * f.w_scale[i]);
+    for (int i = 0; i < 4; ++i) y[j][i] = static_cast<float>(sums[j][i] - f.zero[i]);
+  if (e.x_scale_per_row) {
+#pragma unroll
+    for (int j = 0; j < TOKENS; ++j) {
+      const float x_scale = __ldg(e.x_scale + readable(j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[j][i] = y[j][i] * (x_scale * f.scale[i]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < TOKENS; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[j][i] = y[j][i] * f.scale[i];
   }
   if (e.bias) {
 #pragma unroll

@@ -14,7 +14,7 @@ constexpr int64_t MAX_GRID = 0x7FFFFFFF;
 
 // What a choice is made by; estimates, in clocks of an SM, until they are measured.
 constexpr double L2_BYTES_PER_CLOCK = 32;     // an SM's share when all of them read
-constexpr double EPILOGUE_CLOCKS = 0.18;      // of an output: the 23 instructions of codes with a bias
+constexpr double EPILOGUE_CLOCKS = 0.125;     // of an output: the 16 instructions of codes with a bias
 constexpr double ACTIVATION_CLOCKS = 0.25;    // and the 32 of an activation
 constexpr double BLOCK_CLOCKS = 1000;         // until the first product, and after the last
 

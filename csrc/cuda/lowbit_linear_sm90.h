@@ -19,8 +19,8 @@
 //     256 x 176           2         127       103         28      22      176 + 16 (with 192 + 16 the epilogue spills)
 //
 // So 256 x 176 is the one that keeps the tensor cores busy at 8 bits; 128 x 128 takes 1.25 times the time of its products.
-// But the epilogue has 23 instructions an output (codes, a bias), 55 with GELU, for 128 lanes a clock: at K = 768, 8100 to
-// 19000 clocks after the 8400 of the products of 256 x 176, in which the tensor cores rest. Two blocks of 128 x 128 on an SM
+// But the epilogue has 16 instructions an output (codes, a bias), 48 with GELU, for 128 lanes a clock: at K = 768, 5600 to
+// 17000 clocks after the 8400 of the products of 256 x 176, in which the tensor cores rest. Two blocks of 128 x 128 on an SM
 // fill each other's. And small M or N leave SMs without a tile of the large ones. Hence all of them; the plan
 // (lowbit_linear.cu) chooses. With 64 tokens or fewer, memory is the floor: the weights come once, whatever the tile.
 //
