@@ -24,9 +24,9 @@ def main(names: list[str]) -> int:
     with torch.inference_mode():
         for item in names:
             _, backend, name = item.split(": ", 2)
-            call = ops.moved(found[name], lambda t: t.to(task.device), task.device)
             say(begin=item)
             try:
+                call = ops.moved(found[name], lambda t: t.to(task.device), task.device)
                 with launchers.Using(backend, task.device):
                     results = tree_map_only(Tensor, lambda t: t.cpu(), call())
                 del results
