@@ -82,7 +82,7 @@ REFUSED = {
         "cp.async.cg.foo [%r1], [%d0], 16;",
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [%d0], [%r1], 16;",
         "cp.async.bulk.wait_group.foo 0;",
-        "cp.async.bulk.tensor.2d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%r1], [%d0,{%r2,%r3}], [1];",
+        "cp.async.bulk.tensor.1d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%r1], [%d0, {%r2}], [1];",
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%d0, {%r2,%r3}], [%r4];",
         "bra.conv FOO;", "mov.v2.u32 %r1, %r2;", "neg.relu.s32 %r1, %r2;", "abs.sat.f32 %f0, %f1;",
         "popc.shiftamt.b32 %r1, %r2;",

@@ -92,7 +92,8 @@ def bar(ins, program):
         barrier.expected = total
         for warp in np.unique(g.threads // 32) if aligned else ():
             if barrier.position.setdefault(int(warp), cta.position_now) != cta.position_now and not arrive:
-                raise BadAccess(0, f"barrier {key} is aligned, but warp {warp} comes to it at two instructions")
+                lane = int((g.threads // 32 == warp).argmax())
+                raise BadAccess(lane, f"barrier {key} is aligned, but warp {warp} comes to it at two instructions")
         barrier.counts[g.threads] += 1
         barrier.knows = merge(barrier.knows, cta.clocks.snapshot(g.warp_ids))
         sleeper = [g.threads, False]
