@@ -12,11 +12,15 @@ demo: install
 
 # A process for each core and a thread in each: most tests are too small to share. Those of speed run alone.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-test: lint
-	$(BIN)/pip install -q -c constraints.txt triton transformers
-	$(BIN)/pip install -q --no-deps -c constraints.txt timm torchvision
+test: lint .venv/packages
 	$(ONE_THREAD) $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal --ignore tests/test_speed.py
 	$(BIN)/pytest -q tests/test_speed.py
+
+# What the tests compare with, and Triton.
+.venv/packages: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt triton transformers
+	$(BIN)/pip install -q --no-deps -c constraints.txt timm torchvision
+	touch $@
 
 bench: install
 	$(BIN)/pytest bench -q -o python_files='bench_*.py' -o python_functions='bench_*' \
