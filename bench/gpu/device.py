@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from bench.gpu.task import Task
 from bench.gpu.timing import clocks, measure, settle
+from pyvit_accel import backends, cuda, ops  # noqa: F401 - owners are asked of registered ops
 
 SIZE = 8192  # of the square matmuls
 COPY_BYTES = 2**31  # read, and as many written
@@ -25,6 +26,7 @@ def about(device: str) -> dict:
         found["triton"] = triton.__version__
     except ImportError:
         found["triton"] = None
+    found |= {"cuda_library": cuda.status(), "owners": {op: on_cuda for op, _, on_cuda in backends.owners()}}
     found["nvcc"] = _printed("nvcc", "--version").partition("release ")[2].partition(",")[0]
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)

@@ -7,6 +7,8 @@ compiled bf16  torch.compile, block by block; "whole": of the whole model at onc
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from bench.gpu.made import about
 from bench.gpu.shapes import B, H, L
 from bench.gpu.task import Task
 from bench.gpu.timing import measure, settle
-from pyvit_accel import accelerate, recipes
+from pyvit_accel import accelerate, backends, recipes
 from pyvit_accel.models import create_vit
 
 NAMES = {B: "vit_base_patch16_224", L: "vit_large_patch16_224", H: "vit_huge_patch14_224"}
@@ -34,7 +36,10 @@ CASES = (  # of all models the first, then what each is known for
 )  # fmt: skip
 TINY = (("tiny", 2, "W8A8_DYNAMIC"), ("tiny", 2, "W8A8"), ("tiny", 2, FLOAT), ("tiny", 2, WHOLE), ("tiny", 2, "W4A8"))
 BYTES_OURS, BYTES_BF16 = 26, 44  # that a block moves for each token and channel, fused as well as can be
+ON_CPU = "on the CPU"
+CHECKED = (B, "tiny")  # beside the float model, and beside the same codes on the CPU
 FAR = 0.5  # of the norm of the float model's logits: random weights, whose logits say little
+FAR_FROM_CPU = 0.05  # of the norm of the same model's logits there: sums in floats move a code now and then
 CALIBRATION = 4  # images
 
 
@@ -60,15 +65,19 @@ class Zoo:
     def get(self, name: str, implementation: str) -> nn.Module:
         key = name, implementation
         if key not in self.made:
-            self.made[key] = self._make(self.float_model(name), implementation)
+            self.made[key] = self._make(name, implementation)
         return self.made[key]
 
-    def _make(self, model: nn.Module, implementation: str) -> nn.Module:
+    def _make(self, name: str, implementation: str) -> nn.Module:
+        model = self.float_model(name)
         if implementation not in RECIPES:
             return nn.Module.to(create_like(model), self.device, torch.bfloat16)
         recipe = RECIPES[implementation]
         batches = [images(model, CALIBRATION, "cpu")] if recipe.needs_calibration else None
-        return accelerate(model, recipe, batches)[0].to(self.device)
+        made = accelerate(model, recipe, batches)[0]
+        if name in CHECKED:
+            self.made[ON_CPU, name, implementation] = copy.deepcopy(made)
+        return made.to(self.device)
 
 
 def random_model(name: str, device: str) -> nn.Module:
@@ -131,17 +140,25 @@ def time_model(zoo: Zoo, name: str, batch: int, implementation: str) -> dict:
                 return fast(pixels)
 
     few = sets[0][:2]
-    truth = model(few.cpu()) if name in (B, "tiny") else None
+    checked = name in CHECKED
+    truth = model(few.cpu()) if checked else None
     found = measure([lambda p=p: call(p) for p in sets], device, rounds=12 if device == "cuda" else 2)
-    row |= {"ms": 1e3 * found.pop("seconds"), "images": batch, **found}
+    row |= {"ms": 1e3 * found.pop("seconds"), "fastest_ms": 1e3 * found.pop("fastest"), "images": batch, **found}
     logits = call(sets[0])[:2].float().cpu()
     if not bool(logits.isfinite().all()):
         raise AssertionError("logits that are not finite")
-    if truth is not None:
-        row["logit_error"] = float((logits - truth).norm() / truth.norm())
-        if row["logit_error"] > FAR:
-            raise AssertionError(f"logits are off by {row['logit_error']:.3g} of their norm")
+    if checked:
+        row["logit_error"] = distance(logits, truth, FAR)
+    if checked and not is_float and backends.HAS_CPU_KERNELS and (ON_CPU, name, recipe) in zoo.made:
+        row["beside_cpu"] = distance(logits, zoo.made[ON_CPU, name, recipe](few.cpu()), FAR_FROM_CPU)
     return row
+
+
+def distance(logits: Tensor, truth: Tensor, most: float) -> float:
+    found = float((logits - truth).norm() / truth.norm())
+    if not found <= most:
+        raise AssertionError(f"logits are off by {found:.3g} of their norm, more than {most}")
+    return found
 
 
 def work(model: nn.Module, name: str, batch: int, implementation: str, backend: str | None) -> dict:
