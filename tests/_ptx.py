@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from fractions import Fraction
-from math import inf, isinf, isnan, nan
+from math import inf, isinf, isnan, ldexp, nan
 
 import numpy as np
 from ptx_emulator import Memory, load, run
@@ -140,7 +140,7 @@ class Float:
             return s * inf if magnitude == self.top and self.infinite else nan
         e, fraction = magnitude >> self.m, magnitude & ((1 << self.m) - 1)
         whole = fraction | (1 << self.m if e else 0)
-        return s * float(Fraction(whole) * Fraction(2) ** (max(e, 1) - self.bias - self.m))
+        return s * ldexp(whole, max(e, 1) - self.bias - self.m)
 
     def encode(self, x, mode: str = "rn", negative_zero: bool = False) -> int:
         """A fraction, or a float, rounded once: rn, rna (ties away), rz, rm, rp."""
@@ -153,14 +153,14 @@ class Float:
             x = Fraction(x)
         if x == 0:
             return self.sign if negative_zero else 0
-        negative, x = x < 0, abs(x)
-        e = x.numerator.bit_length() - x.denominator.bit_length()
-        e = max(e - (Fraction(2) ** e > x), 1 - self.bias)
-        units = x / Fraction(2) ** (e - self.m)
-        whole = units.numerator // units.denominator
-        rest = units - whole
+        negative, n, d = x < 0, abs(x.numerator), x.denominator
+        e = n.bit_length() - d.bit_length()
+        e -= d << e > n if e >= 0 else d > n << -e
+        e = max(e, 1 - self.bias)  # 2^e <= x < 2^(e+1), but for subnormal numbers
+        n, d = (n << self.m - e, d) if self.m >= e else (n, d << e - self.m)
+        whole, rest = divmod(n, d)
         up = {
-            "rn": rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole & 1), "rna": rest >= Fraction(1, 2),
+            "rn": 2 * rest > d or (2 * rest == d and whole & 1), "rna": 2 * rest >= d,
             "rz": False, "rm": negative and rest > 0, "rp": not negative and rest > 0,
         }[mode]  # fmt: skip
         code = (e + self.bias - 1 << self.m) + whole + bool(up)
