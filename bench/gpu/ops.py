@@ -21,7 +21,8 @@ from bench.gpu.guarded import LARGE, NAN, Guarded
 from bench.gpu.task import Task
 from pyvit_accel import backends
 
-FLOAT = ("weight_only_linear", "propagate", "local_assign", "class_row", "match_tokens", "linear mantissa")
+FLOAT = ("weight_only_linear", "propagate", "local_assign", "class_row", "match_tokens", "linear mantissa",
+         "sparse24_linear")  # fmt: skip
 BOUND = 2e-3  # |result - truth| / |truth| of these
 CODE_SHARE = 0.02  # of their codes that may be one off
 REPEATS = 6
