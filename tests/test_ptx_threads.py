@@ -223,3 +223,29 @@ def test_the_cluster_is_what_the_registers_say():
     assert out.tolist() == [i % 2 | 2 << 4 | (i // 2) << 8 for i in range(6)]
     with pytest.raises(ValueError, match="no multiple of clusters"):
         execute(body + STORE, threads=1, grid=3, cluster=2)
+
+
+FLAG = """mov.u32 %r20, tile; setp.ne.u32 %p0, %r1, {setter}; setp.eq.u32 %p2, %r1, 0; @%p2 st.shared.u32 [%r20+4], 0;
+bar.sync 0;
+@!%p0 bra SET; POLL: {load} %r3, [%r20+4]; setp.eq.u32 %p1, %r3, 0; @%p1 bra POLL; {acquire} bra END;
+SET: st.shared.u32 [%r20], 42; {release} {store} [%r20+4], 1; END: ld.shared.u32 %r10, [%r20];"""
+FLAGS = {
+    "release and acquire": ("st.release.cta.shared.u32", "ld.acquire.cta.shared.u32", "", ""),
+    "volatile and fences": ("st.volatile.shared.u32", "ld.volatile.shared.u32", "membar.cta;", "membar.cta;"),
+    "relaxed and fences": ("st.relaxed.cta.shared.u32", "ld.relaxed.cta.shared.u32", "fence.acq_rel.cta;",
+    "fence.sc.cta;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize("setter", [5, 40, 63])
+def test_a_flag_in_shared_memory(kind, setter):
+    """By a thread of the warp that polls too, at a higher position than the loop."""
+    store, load_, release, acquire = FLAGS[kind]
+    parts = {"setter": str(setter), "store": store, "load": load_, "release": release, "acquire": acquire}
+    options = {"threads": 64, "module": SHARED, "shared": 16}
+    assert (execute(filled(FLAG, parts) + STORE, **options) == 42).all()
+    plain = {"store": "st.shared.u32"} if kind == "release and acquire" else {"release": ""}
+    for broken in (plain, {"load": "ld.relaxed.cta.shared.u32", "acquire": ""}):
+        with pytest.raises(Fault, match=r"race: (read|write) of shared byte"):
+            execute(filled(FLAG, parts | broken) + STORE, **options)

@@ -17,6 +17,8 @@ HINTS = {
     "shared::cta", "shared::cluster", "param::entry",
 }  # fmt: skip
 
+STRONG = {"volatile": "relaxed", "relaxed": "relaxed", "mmio": "relaxed", "acquire": "acquire", "release": "release"}
+
 
 def space(ins) -> str:
     for mod in ins.mods:
@@ -35,6 +37,11 @@ def shape(ins) -> tuple[str, int, int]:
     return kind, count, count * TYPES[kind].itemsize
 
 
+def strength(ins) -> str:
+    """How Shared knows a volatile, relaxed, acquire or release access."""
+    return next((STRONG[m] for m in ins.mods if m in STRONG), "")
+
+
 def read_bytes(g, ins, where: str, addresses: np.ndarray, nbytes: int) -> np.ndarray:
     """Bytes (threads, nbytes)."""
     where, addresses = resolve(ins, where, addresses)
@@ -42,7 +49,8 @@ def read_bytes(g, ins, where: str, addresses: np.ndarray, nbytes: int) -> np.nda
         return g.cta.machine.memory.read(addresses, nbytes)
     if where == "shared":
         return each_block(g, addresses, lambda part, cta, at: cta.shared.read(
-            cta.shared.locate(at, nbytes, "read"), g.warps[part], g.cluster_threads[part], ins.line
+            cta.shared.locate(at, nbytes, "read"), g.warps[part], g.cluster_threads[part], ins.line,
+            strong=strength(ins),
         ), nbytes)  # fmt: skip
     if where == "param":
         return g.cta.machine.params[_inside(addresses, nbytes, "param read", len(g.cta.machine.params))]
@@ -102,7 +110,8 @@ def write_bytes(g, ins, where: str, addresses: np.ndarray, data: np.ndarray) -> 
         g.cta.machine.memory.write(addresses, data, g.threads + cta.index * cta.machine.threads)
     elif where == "shared":
         each_block(g, addresses, lambda part, cta, at: cta.shared.write(
-            cta.shared.locate(at, nbytes, "write"), data[part], g.warps[part], g.cluster_threads[part], ins.line
+            cta.shared.locate(at, nbytes, "write"), data[part], g.warps[part], g.cluster_threads[part], ins.line,
+            strong=strength(ins),
         ))  # fmt: skip
     elif where == "local":
         at = _inside(addresses, nbytes, "local write", g.cta.machine.program.local_bytes)

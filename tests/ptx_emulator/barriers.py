@@ -116,7 +116,7 @@ def bar(ins, program):
 
 @handles("fence", "membar")
 def fence(ins, program):
-    """Of the proxies, and of an mbarrier's init; one that orders ordinary accesses has no effect here."""
+    """Of the proxies, of an mbarrier's init, and of ordinary accesses around volatile and relaxed ones."""
     if ins.mods == ("mbarrier_init", "release", "cluster"):
 
         def publish(g):
@@ -126,10 +126,16 @@ def fence(ins, program):
         return publish
     if ins.mods in (("proxy", "async"), ("proxy", "async", "shared::cta"), ("proxy", "async", "shared::cluster")):
         return lambda g: g.cta.clocks.fence(g.warp_ids)
-    known = {"acq_rel", "sc", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"}
-    if set(ins.mods) - known and ins.mods != ("proxy", "async", "global"):
+    if ins.mods == ("proxy", "async", "global"):
+        return lambda g: None
+    if set(ins.mods) - {"acq_rel", "sc", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"}:
         raise NotEmulated(ins.line, ins.text)
-    return lambda g: None
+
+    def order(g):
+        for warp in g.warp_ids:
+            g.cta.clocks.order(int(warp))
+
+    return order
 
 
 @dataclass

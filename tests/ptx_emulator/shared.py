@@ -10,6 +10,8 @@ waited.
 The asynchronous proxy (bulk copies, wgmma) sees ordinary writes only after a fence: `fenced` holds what of `clock` was
 fenced. Threads of one warp count as ordered among each other only by a barrier or bar.warp.sync between a write and
 another thread's access. A second write of the same value is no race: compilers let all threads that hold one write it.
+Neither are accesses that both are volatile, relaxed, acquire or release: so a flag may be polled, and what was written
+before it is known to who acquires what was released, by the accesses themselves or by fences beside them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ class Clocks:
         self.fenced = np.zeros((n, n), np.int64)
         self.epoch = np.zeros(warps, np.int64)  # of every warp: barriers among its threads
         self.readers: set[int] = set()  # agents that have read anything
+        self.own = np.zeros(warps, np.int64)  # up to which clock of its own a warp's threads know of each other
+        self.fences: dict[int, tuple] = {}  # of warps: what they knew at their last fence
+        self.seen: dict[int, tuple] = {}  # what was released to relaxed loads since then
 
     def tick(self, agent: int) -> int:
         """Ends what the agent did up to now; returns the clock that this had."""
@@ -50,12 +55,16 @@ class Clocks:
 
     def learn(self, agents, known: np.ndarray, fenced: np.ndarray) -> None:
         agents = np.asarray(agents)
+        self.own[agents] = np.maximum(self.own[agents], known[agents])
         self.clock[agents] = np.maximum(self.clock[agents], known)
         self.fenced[agents] = np.maximum(self.fenced[agents], fenced)
 
     def mbarrier(self, rank: int, offset: int) -> int:
         """The agent of the bulk copies that an mbarrier hears of."""
-        return self.mbarriers.setdefault((rank, offset), 4 * self.warps + len(self.mbarriers))
+        agent = self.mbarriers.setdefault((rank, offset), 4 * self.warps + len(self.mbarriers))
+        if agent == len(self.clock):
+            raise ValueError(f"more than {MBARRIERS} mbarriers of a cluster hear of bulk copies")
+        return agent
 
     def only(self, agent: int, clock: int) -> tuple[np.ndarray, np.ndarray]:
         """To be learned: what one agent did."""
@@ -66,6 +75,12 @@ class Clocks:
     def kind(self, agent: int) -> str:
         kinds = ("a thread", "cp.async", "a bulk copy", "a wgmma", "a bulk copy")
         return kinds[min(agent // self.warps, 4)]
+
+    def order(self, warp: int) -> None:
+        """fence.acq_rel: what relaxed loads saw is acquired, what relaxed stores say from here on is released."""
+        if warp in self.seen:
+            self.learn([warp], *self.seen.pop(warp))
+        self.fences[warp] = self.snapshot([warp])
 
     def fence(self, warps) -> None:
         """fence.proxy.async"""
@@ -96,6 +111,9 @@ class Shared:
         self.line = np.zeros(size, np.int32)  # of the PTX
         self.reads = np.zeros((len(clocks.clock), size), np.int64)  # last clock of every agent that read it
         self.read_line = np.zeros(size, np.int32)
+        self.strong = np.zeros(size, bool)  # the last write was volatile, relaxed or release
+        self.strong_read = np.zeros(size, bool)  # the last read was volatile, relaxed or acquire
+        self.released: dict[int, tuple] = {}  # of the first byte of a strong write: what who acquires it learns
 
     def locate(self, addresses: np.ndarray, nbytes: int, what: str, aligned: int | None = None) -> np.ndarray:
         """Byte indices (n, nbytes). aligned: what addresses must be a multiple of, nbytes without it."""
@@ -108,10 +126,11 @@ class Shared:
             raise BadAccess(lane, f"out-of-bounds shared {what} of {nbytes} bytes at {at}: the block has {self.size}")
         return addresses.astype(np.int64)[:, None] + np.arange(nbytes)
 
-    def read(self, at: np.ndarray, agents, threads=None, line: int = 0, knows=None) -> np.ndarray:
+    def read(self, at: np.ndarray, agents, threads=None, line: int = 0, knows=None, strong: str = "") -> np.ndarray:
         """The bytes at indices (n, nbytes), by agents (n,) or one, threads (n,) of the cluster or None of no warp's.
 
-        knows  the warps whose knowledge the agents act on, their own without it
+        knows   the warps whose knowledge the agents act on, their own without it
+        strong  "relaxed" (volatile too), "acquire", of writes "release"
         """
         clocks = self.clocks
         if not self.written[at].all():
@@ -122,7 +141,14 @@ class Shared:
             raise BadAccess(int(lane), f"read of shared byte {at[lane, byte]}, which is of an mbarrier")
         agents = np.broadcast_to(np.asarray(agents), at.shape[:1])
         by = agents[:, None]
-        self._check_writes(at, by, by if knows is None else np.asarray(knows).reshape(-1, 1), threads, "read", True)
+        who = by if knows is None else np.asarray(knows).reshape(-1, 1)
+        self._check_writes(at, by, who, threads, "read", ~self.strong[at] if strong else True)
+        self.strong_read[at] = bool(strong)
+        for byte, warp in set(zip(at[:, 0].tolist(), agents.tolist(), strict=True)) if strong else ():
+            if byte in self.released and strong == "acquire":
+                clocks.learn([warp], *self.released[byte])
+            elif byte in self.released:
+                clocks.seen[warp] = merge(clocks.seen.get(warp), self.released[byte])
         self.reads[by, at] = clocks.clock[agents, agents][:, None]
         self.read_line[at] = line
         clocks.readers.update(np.unique(agents).tolist())
@@ -142,7 +168,7 @@ class Shared:
         if threads is not None:
             same = (writer == by) & (self.thread[at] != threads[:, None]) & (clock > 0)
             safe = np.minimum(writer, clocks.warps - 1)
-            unknown |= same & (self.epoch[at] >= clocks.epoch[safe]) & matters
+            unknown |= same & (self.epoch[at] >= clocks.epoch[safe]) & (clock > clocks.own[safe]) & matters
         if unknown.any():
             lane, byte = np.argwhere(unknown)[0]
             raise BadAccess(int(lane), self._text("race:", what, at[lane, byte]))
@@ -152,8 +178,10 @@ class Shared:
         who = f"thread {thread}" if agent < self.clocks.warps else self.clocks.kind(agent)
         return f"{start} {what} of shared byte {byte}, which {who} writes at PTX line {self.line[byte]}, unordered"
 
-    def write(self, at: np.ndarray, data: np.ndarray, agents, threads=None, line: int = 0, knows=None) -> None:
-        """Bytes (n, nbytes) to indices of the same shape. knows: as in read."""
+    def write(
+        self, at: np.ndarray, data: np.ndarray, agents, threads=None, line: int = 0, knows=None, strong: str = ""
+    ) -> None:
+        """Bytes (n, nbytes) to indices of the same shape. knows, strong: as in read."""
         clocks = self.clocks
         if self.barrier[at].any():
             lane, byte = np.argwhere(self.barrier[at])[0]
@@ -161,9 +189,11 @@ class Shared:
         agents = np.broadcast_to(np.asarray(agents), at.shape[:1])
         by = agents[:, None]
         who = by if knows is None else np.asarray(knows).reshape(-1, 1)
-        self._check_writes(at, by, who, threads, "write", self.data[at] != data)
+        matters = self.data[at] != data
+        self._check_writes(at, by, who, threads, "write", matters & ~self.strong[at] if strong else matters)
         for reader in clocks.readers:
             late = (self.reads[reader][at] > clocks.clock[who, reader]) & (by != reader)
+            late &= ~self.strong_read[at] if strong else True
             if late.any():
                 lane, byte = np.argwhere(late)[0]
                 byte = at[lane, byte]
@@ -180,6 +210,12 @@ class Shared:
         self.agent[at], self.clock[at] = by, clocks.clock[agents, agents][:, None]
         self.epoch[at] = clocks.epoch[np.minimum(agents, clocks.warps - 1)][:, None]  # of asynchronous agents unused
         self.line[at] = line
+        self.strong[at] = bool(strong)
+        for byte, warp in set(zip(at[:, 0].tolist(), agents.tolist(), strict=True)) if strong else ():
+            known = clocks.snapshot([warp]) if strong == "release" else clocks.fences.get(warp)
+            self.released.pop(byte, None)
+            if known is not None:
+                self.released[byte] = known
 
     def settle(self, at: np.ndarray, agent: int, warp: int, threads: np.ndarray) -> None:
         """What cp.async brought becomes the waiting threads' own write; of warp."""
