@@ -1,4 +1,4 @@
-"""Runs Triton launchers without a GPU, and compiles what they launch for any.
+"""Runs Triton launchers without a GPU, and records what they launch, to be compiled for any.
 
 Results come from the GPU where there is one, otherwise from a process of its own under Triton's interpreter, which has
 to be chosen before triton is imported.
@@ -7,9 +7,6 @@ to be chosen before triton is imported.
 from __future__ import annotations
 
 import multiprocessing
-import re
-import subprocess
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib import import_module
@@ -21,8 +18,6 @@ from pyvit_accel import reference
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ARCHITECTURES = (80, 89, 90, 100)
-SMEM_SM89 = 99 * 1024  # bytes a block may have on sm_86, 89 and 120, the least of all
 TYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
@@ -103,52 +98,6 @@ class Recorder:
             if not isinstance(value, float) and not fixed and (value.data_ptr() if tensor else value) % 16 == 0:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         self.launches.append((ASTSource(self.kernel, signature, constants, attrs), values))
-
-
-class Code:
-    """One compiled kernel: its PTX, its SASS and the resources ptxas gave it."""
-
-    def __init__(self, launch, architecture, folder):
-        """Compiles anew, with a cache of its own: a stale one must not answer for the source as it is."""
-        from triton.backends.compiler import GPUTarget
-
-        source, options = launch
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
-            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        self.ttgir, self.ptx, self.shared = compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.shared
-        cubin = folder / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(cubin)]
-        self.sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        self.stack, self.local = (int(re.search(rf" {name}:(\d+)", self.sass)[1]) for name in ("STACK", "LOCAL"))
-        self.count = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", self.sass, re.M))
-
-    def assert_sound(self, uncontracted=True):
-        """No spill, fits every GPU, words are unpacked whole, and every float32 operation rounds as written."""
-        assert self.stack == self.local == self.count["STL"] == self.count["LDL"] == 0, "spills"
-        assert self.shared <= SMEM_SM89
-        self.assert_words_are_whole()
-        if uncontracted:
-            assert not re.search(r"fma\.rn\S*\.f32|\.ftz|div\.(full|approx)|(rcp|sqrt|rsqrt|ex2)\.approx", self.ptx)
-
-    def assert_words_are_whole(self):
-        """An unpacking instruction shifts its four bytes by as much, so they are the four inputs of one word.
-
-        Triton groups what a thread holds in the order of its registers, so the last dimension must come first there.
-        """
-        layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*)$", self.ttgir, re.M))
-        shifting = [line for line in self.ttgir.splitlines() if "elementwise_inline_asm" in line and "shf.r" in line]
-        for name in {name for line in shifting for name in re.findall(r"x4xi8, (#\w+)>", line)}:
-            layout = layouts[name]
-            if "#ttg.linear" in layout:
-                assert re.search(r"register = \[\[0, 0, 0, 0, 1\], \[0, 0, 0, 0, 2\]", layout), layout
-            else:
-                assert re.search(r"sizePerThread = \[\d+, \d+, \d+, \d+, 4\].*order = \[4, ", layout), layout
-
-    def assert_mma(self, name):
-        """The tensor core instruction is this one, and the only one."""
-        assert {op for op in self.count if "MMA" in op} == {name}
 
 
 def launches(module, call, *names):

@@ -1,11 +1,11 @@
-"""The Triton launchers match_tokens, merge_pairs and mean_heads against their references, and their machine code."""
+"""The Triton launchers match_tokens, merge_pairs and mean_heads against their references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from _matching import METRICS, assert_nearest, even_and_odd, scores_and_error, whole_numbers
-from _triton import ARCHITECTURES, Code, assert_equal, kernel, launches, run
+from _triton import assert_equal, kernel, run
 
 
 def check_bound(metric, Na, Nb, D, topk):
@@ -86,32 +86,3 @@ def test_merge_pairs(N, prefix):
 @pytest.mark.parametrize(("N", "H", "D"), [(1, 1, 1), (5, 3, 64), (50, 12, 20), (17, 2, 192)])
 def test_mean_heads(N, H, D):
     run(check_mean, N, H, D)
-
-
-def record():
-    x, codes = torch.zeros(4, 197, 768), torch.zeros(4, 197, 3, 12, 64, dtype=torch.int8)[:, :, 1].transpose(1, 2)
-
-    def match(module):
-        module.match_tokens(*even_and_odd(x[..., :64]), "cosine", 1, 0, None)
-        module.match_tokens(x.bfloat16(), x.bfloat16(), "dot", 32, 1, torch.zeros(4, 197).int())
-        module.match_tokens(x, x, "l2", 20, 0, None)
-
-    def others(module):
-        module.merge_pairs(torch.zeros(4, 99), torch.zeros(4, 99).int(), 197, 13, 0)
-        module.mean_heads(codes, torch.ones(4, 12, 197))
-
-    products = launches("match_tokens", match, "_match_kernel")
-    return products, launches("match_tokens", others, "_merge_kernel", "_mean_heads_kernel")
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles(architecture, tmp_path):
-    """The dot product of float32 contracts; nothing else does."""
-    products, others = record()
-    assert len(products) == 3 and len(others) == 2
-    for i, launch in enumerate(products):
-        code = Code(launch, architecture, tmp_path)
-        code.assert_sound(uncontracted=i >= 2)
-        assert not [op for op in code.count if "MMA" in op]
-    for launch in others:
-        Code(launch, architecture, tmp_path).assert_sound()

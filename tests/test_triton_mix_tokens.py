@@ -1,11 +1,11 @@
-"""The Triton launcher mix_tokens against its reference: sums and means bit for bit, and its machine code."""
+"""The Triton launcher mix_tokens against its reference: sums and means bit for bit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from _problems import U32, padded, transposed
-from _triton import ARCHITECTURES, Code, assert_equal, kernel, launches, run
+from _triton import assert_equal, kernel, run
 
 from pyvit_accel import reference
 
@@ -95,22 +95,3 @@ def test_long_list():
 
 def test_published_merges():
     run(check_published)
-
-
-def record():
-    col, ptr, weight = torch.zeros(8, 197).int(), torch.zeros(8, 185).int(), torch.zeros(8, 197)
-    x = torch.zeros(8, 197, 768)
-
-    def calls(module):
-        module.mix_tokens(x.bfloat16(), col, ptr, weight, None, 1, "mlerp")
-        module.mix_tokens(x, col, None, None, x, 1, "sum")
-
-    return launches("mix_tokens", calls, "_mix_tokens_kernel")
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles(architecture, tmp_path):
-    recorded = record()
-    assert len(recorded) == 2
-    for launch in recorded:
-        Code(launch, architecture, tmp_path).assert_sound()

@@ -1,4 +1,4 @@
-"""Rows by an index in the Triton launchers, sums into rows, packed attention with room to spare; and machine code.
+"""Rows by an index in the Triton launchers, sums into rows, packed attention with room to spare.
 
 Against the references, bit for bit but attention. Rows that are left out would show: what they could read is not a
 number, and scales are infinite.
@@ -10,7 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from _triton import ARCHITECTURES, DEVICE, Code, assert_equal, launches, run, uniform
+from _triton import DEVICE, assert_equal, run, uniform
 from test_triton_lowbit_linear import TILES, arguments, use
 from test_triton_quant_attention import check as check_attention
 
@@ -162,50 +162,3 @@ def check_float_capacity():
 
 def test_what_lies_beyond_is_no_value_of_a_head():
     run(check_float_capacity)
-
-
-def rows_launches():
-    x, weight, scale, index = torch.zeros(197, 768), torch.zeros(768), torch.ones(768), ints([0] * 300)
-
-    def quantize(module):
-        module.quantize(x, scale, 3, 4, index)
-        module.quantize_dynamic(x, -0.17, 8, 0.9, torch.zeros(256, dtype=torch.int8), index)
-
-    def norm_quant(module):
-        module.norm_quant_dynamic(x, weight, weight, 1e-6, 4, 0.9, index)
-
-    yield from launches("quantize", quantize, "_quantize_kernel", "_quantize_dynamic_kernel")
-    yield from launches("norm_quant", norm_quant, "_norm_quant_kernel")
-
-
-def linear_launches(tile, fp8, w_bits, **kwargs):
-    M, N = TILES[tile]
-    index = ints([0] * M)
-    args = arguments(M, N, 768, w_bits, activation="gelu", x_zero_point=3, gap=0, **kwargs)
-    with use(tile, fp8):
-        yield from launches("lowbit_linear", lambda m: m.lowbit_linear(*args, index), "_lowbit_linear_kernel")
-        into = torch.zeros(M, N), index, *args[:8], index
-        yield from launches("lowbit_linear", lambda m: m.lowbit_linear_scatter(*into), "_lowbit_linear_kernel")
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows_compile(architecture, tmp_path):
-    recorded = list(rows_launches())
-    assert len(recorded) == 3
-    for launch in recorded:
-        Code(launch, architecture, tmp_path).assert_sound()
-
-
-@pytest.mark.parametrize(
-    "architecture, tile, fp8, w_bits",
-    [(80, "large", False, 8), (89, "middle", False, 4), (90, "large", False, 4), (100, "large", True, 4)],
-)
-def test_products_compile(architecture, tile, fp8, w_bits, tmp_path):
-    """With everything the epilogue has, to codes; then as a sum."""
-    recorded = list(linear_launches(tile, fp8, w_bits, parts="rbl+", out_columns=768, out_bits=4))
-    assert len(recorded) == 2
-    for launch in recorded:
-        code = Code(launch, architecture, tmp_path)
-        code.assert_sound(uncontracted=not fp8)
-        code.assert_mma({80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCQMMA"}[architecture])
-        assert code.count["EXIT"] > 1  # a block of rows that are left out ends early
