@@ -29,6 +29,20 @@ def say(text):
     print(f"pyvit_accel: {text}", flush=True)
 
 
+class OpsUnit:
+    """One source that includes those of all ops: torch's headers take most of the time that each would take alone."""
+
+    path = ROOT / "build" / "ops.cpp"
+    parts = sorted(p for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if not p.name.startswith(("isa", "probe")))
+
+    @classmethod
+    def write(cls):
+        text = "".join(f'#include "../{part.relative_to(ROOT).as_posix()}"\n' for part in cls.parts)
+        cls.path.parent.mkdir(exist_ok=True)
+        if not cls.path.exists() or cls.path.read_text() != text:
+            cls.path.write_text(text)
+
+
 def extension():
     """The extension modules and the build command, or nothing when torch is not importable at build time."""
     try:
@@ -41,6 +55,7 @@ def extension():
 
     class BuildCpu(BuildExtension):
         def run(self):
+            OpsUnit.write()
             try:
                 super().run()
             except Exception as error:  # whatever a missing or broken compiler raises: auto may skip, and says so
@@ -49,7 +64,8 @@ def extension():
                 say(f"no CPU kernels were built, the reference will run instead: {error}")
 
     csrc = ROOT / "csrc"
-    sources = [csrc / "module.cpp", *(csrc / "cpu").glob("*.cpp")]
+    alone = [p for p in (csrc / "cpu").glob("*.cpp") if p not in OpsUnit.parts]
+    sources = [csrc / "module.cpp", *alone, OpsUnit.path]
     cpu = CppExtension(
         "pyvit_accel._C",
         sorted(str(p.relative_to(ROOT)) for p in sources),
