@@ -11,6 +11,9 @@
 // wgmma and the last wait of a loop but the loop's own and those that wait for a barrier, hence mbarrier_arrive_if().
 #pragma once
 #include <cstdint>
+#include <type_traits>
+
+#include "sparse24_linear.h"
 
 namespace pyvit_accel::hopper {
 
@@ -22,6 +25,16 @@ __device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(from)
                : "memory");
+}
+
+// From global memory, at multiples of their size; `once`: of what nobody on this SM reads again.
+__device__ __forceinline__ void load_words_once(const void* from, uint32_t (&to)[4]) {
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(__cvta_generic_to_global(from)));
+}
+__device__ __forceinline__ void load_words(const void* from, uint32_t (&to)[2]) {
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(__cvta_generic_to_global(from)));
 }
 
 // ---- mbarrier: a phase completes when `arrivals` threads arrived and all bytes announced for it have landed ----
@@ -97,6 +110,14 @@ __device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const 
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const void* map, uint64_t* barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
+      : "memory");
+}
+
 // ---- clusters: blocks on neighbouring SMs, which reach each other's shared memory and barriers ----
 
 // All threads of the cluster are here, and see what any of them wrote.
@@ -141,7 +162,12 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t lines) {
 template <class Register, int COUNT>
 __device__ __forceinline__ void pin(Register (&registers)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+  for (int i = 0; i < COUNT; ++i) {
+    if constexpr (std::is_same_v<Register, float>)
+      asm volatile("" : "+f"(registers[i])::"memory");
+    else
+      asm volatile("" : "+r"(registers[i])::"memory");
+  }
 }
 
 // Orders what was written to registers before the wgmma that reads them.
@@ -166,11 +192,12 @@ __device__ void wgmma(int32_t (&sums)[TOKENS / 2], const uint32_t (&a)[4], uint6
 #define D88 D64 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83" \
   ", %84, %85, %86, %87"
-#define SUMS8(i) \
-  "+r"(sums[i]), "+r"(sums[i + 1]), "+r"(sums[i + 2]), "+r"(sums[i + 3]), "+r"(sums[i + 4]), "+r"(sums[i + 5]), \
-      "+r"(sums[i + 6]), "+r"(sums[i + 7])
+#define TYPED8(t, i) \
+  t(sums[i]), t(sums[i + 1]), t(sums[i + 2]), t(sums[i + 3]), t(sums[i + 4]), t(sums[i + 5]), t(sums[i + 6]), t(sums[i + 7])
+#define TYPED32(t, i) TYPED8(t, i), TYPED8(t, i + 8), TYPED8(t, i + 16), TYPED8(t, i + 24)
+#define SUMS8(i) TYPED8("+r", i)
 #define SUMS16(i) SUMS8(i), SUMS8(i + 8)
-#define SUMS32(i) SUMS16(i), SUMS16(i + 16)
+#define SUMS32(i) TYPED32("+r", i)
 #define WGMMA(TOKENS, D, A, B, ACCUMULATE, ...) \
   template <> \
   __device__ __forceinline__ void wgmma<TOKENS>( \
@@ -186,6 +213,38 @@ WGMMA(32, D16, "%16, %17, %18, %19", "%20", "%21", SUMS16(0))
 WGMMA(64, D32, "%32, %33, %34, %35", "%36", "%37", SUMS32(0))
 WGMMA(128, D64, "%64, %65, %66, %67", "%68", "%69", SUMS32(0), SUMS32(32))
 WGMMA(176, D88, "%88, %89, %90, %91", "%92", "%93", SUMS32(0), SUMS32(32), SUMS16(64), SUMS8(80))
+
+// 2:4 sparse: sums (64 x TOKENS) += A (64 x a k-step of 64 bytes, its kept half in registers) x B, of which an instruction takes
+// 64 bytes of a line: the next k-step is descriptor + 4. Each warp's A and metadata are those of an mma.sp of its 16 rows
+// (sparse24.cuh). Types are of ELEMENTS; SELECTOR: which half of the lanes of a quad has the metadata, of 8 bits all have.
+template <int ELEMENTS, int SELECTOR, int TOKENS, class Sum>
+__device__ void wgmma_sparse(Sum (&sums)[TOKENS / 2], const uint32_t (&a)[4], uint32_t e, uint64_t b, int accumulate);
+
+#define WGMMA_SPARSE(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, TOKENS, D, A, B, E, ACCUMULATE, ...) \
+  template <> \
+  __device__ __forceinline__ void wgmma_sparse<ELEMENTS, SELECTOR, TOKENS>( \
+      SUM (&sums)[TOKENS / 2], const uint32_t (&a)[4], uint32_t e, uint64_t b, int accumulate) { \
+    asm volatile( \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\n" \
+        "wgmma.mma_async.sp.sync.aligned.m64n" #TOKENS TYPES " {" D "}, {" A "}, " B ", " E ", " #SELECTOR ", p" SCALES ";\n}" \
+        : __VA_ARGS__ \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(e), "r"(accumulate)); \
+  }
+#define WGMMA_SPARSE_TOKENS(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, T) \
+  WGMMA_SPARSE(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, 32, D16, "%16, %17, %18, %19", "%20", "%21", "%22", TYPED8(T, 0), \
+               TYPED8(T, 8)) \
+  WGMMA_SPARSE(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, 64, D32, "%32, %33, %34, %35", "%36", "%37", "%38", TYPED32(T, 0)) \
+  WGMMA_SPARSE(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, 128, D64, "%64, %65, %66, %67", "%68", "%69", "%70", TYPED32(T, 0), \
+               TYPED32(T, 32))
+WGMMA_SPARSE_TOKENS(INT8, int32_t, "k64.s32.s8.s8", 0, "", "+r")
+WGMMA_SPARSE_TOKENS(FLOAT16, float, "k32.f32.f16.f16", 0, ", 1, 1, 0", "+f")
+WGMMA_SPARSE_TOKENS(FLOAT16, float, "k32.f32.f16.f16", 1, ", 1, 1, 0", "+f")
+WGMMA_SPARSE_TOKENS(BFLOAT16, float, "k32.f32.bf16.bf16", 0, ", 1, 1, 0", "+f")
+WGMMA_SPARSE_TOKENS(BFLOAT16, float, "k32.f32.bf16.bf16", 1, ", 1, 1, 0", "+f")
+#undef WGMMA_SPARSE_TOKENS
+#undef WGMMA_SPARSE
+#undef TYPED8
+#undef TYPED32
 #undef D8
 #undef D16
 #undef D32

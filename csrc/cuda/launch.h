@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define PYVIT_ACCEL_ABI 1  // raised when a structure or a function of the library changes
+#define PYVIT_ACCEL_ABI 2  // raised when a structure or a function of the library changes
 
 extern "C" {
 

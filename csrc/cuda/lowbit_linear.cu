@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "epilogue_plan.h"
+
 namespace pyvit_accel {
 namespace {
 
@@ -27,8 +29,6 @@ const LowbitLinearConfig* config_at(int config) {
   return nullptr;
 }
 
-bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 int check(const LowbitLinear& p) {
   const Epilogue& e = p.epilogue;
   if (e.M < 1 || e.N < 1 || p.K < 1 || p.K > MAX_K)
@@ -48,18 +48,7 @@ int check(const LowbitLinear& p) {
     return fail(ERROR_ARGUMENT, "lowbit_linear: w_packed at %p with rows of %lld bytes; K=%d codes of %d bits are %lld, at a multiple of 16",
                 static_cast<const void*>(e.w_packed), static_cast<long long>(e.w_stride), p.K, p.w_bits,
                 static_cast<long long>(w_stride));
-  if (e.out_scale && (e.out_bits < 2 || e.out_bits > 8))
-    return fail(ERROR_ARGUMENT, "lowbit_linear: out_bits=%d; codes have 2 to 8 bits", e.out_bits);
-  if (e.activation < 0 || e.activation > 3)
-    return fail(ERROR_ARGUMENT, "lowbit_linear: activation=%d; it is 0 none, 1 gelu, 2 gelu_tanh or 3 quick_gelu", e.activation);
-  return OK;
-}
-
-// Four features at a time: 16 bytes of every vector, of the residual and of float32 y, four of codes.
-bool vectors(const Epilogue& e) {
-  return e.N % 4 == 0 && e.residual_stride % 4 == 0 && aligned(e.w_scale, 16) && aligned(e.bias, 16) &&
-         aligned(e.layer_scale, 16) && aligned(e.residual, 16) && aligned(e.y, e.out_scale ? 4 : 16) &&
-         (!e.out_scale_per_column || aligned(e.out_scale, 16));
+  return check_outputs("lowbit_linear", e);
 }
 
 bool runs_on(const LowbitLinearConfig& config, int capability) {

@@ -25,17 +25,11 @@
 #include <cstddef>
 
 #include "epilogue.cuh"
-#include "hopper.cuh"
+#include "hopper_stages.cuh"
 #include "lowbit_linear_sm90.h"
 
 namespace pyvit_accel {
 namespace {
-
-// Of this block in its cluster.
-template <class Tile>
-__device__ __forceinline__ uint32_t rank() {
-  return blockIdx.x % Tile::CLUSTER;
-}
 
 struct Corner {
   int m, n;  // token, feature
@@ -55,26 +49,6 @@ struct Tiles {
   __device__ __forceinline__ Corner corner(uint32_t tile) const {  // of this block's
     const TileIndex index = tile_index(tile, Tile::GROUP_M, m, n);
     return {static_cast<int>(index.m * TOKENS + rank<Tile>() * Tile::TOKENS), static_cast<int>(index.n * Tile::FEATURES)};
-  }
-};
-
-// The stages in shared memory, and where one is in their round: `parity` is that of its barriers' phase.
-template <class Tile>
-struct Stages {
-  uint32_t base;    // shared-memory address
-  uint64_t* full;   // 1 arrival, the producer's, and the bytes of a stage
-  uint64_t* empty;  // an arrival of each consumer warp of the cluster: what a block copies goes to all of its blocks
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ explicit Stages(uint8_t* shared)
-      : base(hopper::shared_address(shared)),
-        full(reinterpret_cast<uint64_t*>(shared + Tile::STAGES * Tile::STAGE_BYTES)),
-        empty(full + Tile::STAGES) {}
-  __device__ __forceinline__ uint32_t x() const { return base + stage * Tile::STAGE_BYTES; }
-  __device__ __forceinline__ uint32_t w() const { return x() + Tile::X_BYTES; }
-  __device__ __forceinline__ void next() {
-    if (++stage == Tile::STAGES) stage = 0, parity ^= 1;
   }
 };
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 PATH = Path(__file__).parents[1] / "libpyvit_accel_cuda.so"
-ABI = 1  # PYVIT_ACCEL_ABI of csrc/cuda/launch.h
+ABI = 2  # PYVIT_ACCEL_ABI of csrc/cuda/launch.h
 BUILD = "python setup.py build_cuda builds it, with nvcc"
 
 

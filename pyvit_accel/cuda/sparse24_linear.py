@@ -1,0 +1,181 @@
+"""y = x @ w.T with w 2:4 sparse, and everything that follows a matmul in a transformer block: the CUDA C++ launcher.
+
+    16-bit  acc = sum_k x[m, k] w[n, k]                              float32
+            y   = acc + bias, activation, * layer_scale, + residual          float32, in this order; then rounded once
+    int8    acc = sum_k (x[m, k] - x_zero_point) w[n, k]             exact
+            y   = acc * (x_scale * w_scale) + bias, activation, * layer_scale, + residual
+    both    q   = clip(rint(y * (1 / out_scale)) + out_zero_point) to out_bits bits   when out_scale is given
+
+x             (M, K)       float16 | bfloat16 | int8, as values
+values, meta  packed       P24 v1 of w (out_features, K), formats/sparse24.py
+bias, layer_scale  (N,)    float32 or None; N is out_features
+x_scale       (1,) | (M,)  float32: one, or one per row; int8 only
+w_scale       (N,)         float32; int8 only
+w_sum         (N,)         int32: sum_k w[n, k]; int8 only, None where x_zero_point is 0
+residual      (M, N)       float32 or None
+activation    "none" | "gelu" | "gelu_tanh" | "quick_gelu"
+out_scale     (1,) | (N,)  float32 or None
+w_dense       of kernels that multiply with the unpacked weight; not read here
+returns       (M, N)       dtype of x, float32 for int8; int8 when out_scale is given. int8: the reference's bits
+
+Inputs that the weight's pattern leaves out are not read. csrc/cuda/sparse24_linear.cu plans, on the host, and
+csrc/cuda/sparse24_linear_sm80.cu and _sm90.cu compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .library import Launch, check, library
+from .lowbit_linear import ACTIVATIONS, Epilogue, _aligned, _device, _pointer
+
+ELEMENTS = (torch.int8, torch.float16, torch.bfloat16)  # enum Elements of csrc/cuda/sparse24_linear.h
+
+
+class Sparse24Linear(ctypes.Structure):
+    """csrc/cuda/sparse24_linear.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("values", c_void_p),
+        ("meta", c_void_p),
+        ("K", c_int32),
+        ("elements", c_int32),
+        ("epilogue", Epilogue),
+    )
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    loaded = library()
+    loaded.pyvit_accel_sparse24_linear.argtypes = (POINTER(Sparse24Linear), c_int, c_int, c_int, c_void_p)
+    loaded.pyvit_accel_sparse24_linear_plan.argtypes = (POINTER(Sparse24Linear), c_int, c_int, c_int, POINTER(Launch))
+    loaded.pyvit_accel_sparse24_linear_config.restype = c_char_p
+    return loaded
+
+
+@cache
+def configs() -> tuple[str, ...]:
+    """The names of the kernels: sparse24_linear_sm<arch>_<s8 | f16 | bf16>_<features>x<tokens of a block>."""
+    names, name_of = [], _functions().pyvit_accel_sparse24_linear_config
+    while name := name_of(len(names)):
+        names.append(name.decode())
+    return tuple(names)
+
+
+def _config_index(config: str | None) -> int:
+    if config is None:
+        return -1
+    if config not in configs():
+        raise ValueError(f"sparse24_linear: there is no kernel {config!r}; use one of {', '.join(configs())}")
+    return configs().index(config)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x (M, K), or a copy padded with zeros: the bytes of a row, stride and address are multiples of 16."""
+    (M, K), each = x.shape, 16 // x.element_size()
+    if K % each == 0 and x.stride(1) == 1 and x.stride(0) % each == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros(M, -(-K // each) * each)
+    padded[:, :K] = x
+    return padded
+
+
+def _padded_sums(w_sum: Tensor | None) -> Tensor | None:
+    """The sums of whole tiles of 16 features, at a multiple of 16 bytes."""
+    if w_sum is None:
+        return None
+    return _aligned(torch.nn.functional.pad(w_sum, (0, -len(w_sum) % 16)) if len(w_sum) % 16 else w_sum)
+
+
+def problem(
+    y: Tensor, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, x_scale: Tensor | None,
+    w_scale: Tensor | None, w_sum: Tensor | None, x_zero_point: int, activation: str, layer_scale: Tensor | None,
+    residual: Tensor | None, out_scale: Tensor | None, out_zero_point: int, out_bits: int, K: int,
+) -> Sparse24Linear:  # fmt: skip
+    """The C structure of a call. It owns nothing: the tensors must outlive it, aligned and contiguous as launched."""
+    M, N = y.shape
+    vectors = (x_scale, w_scale, bias, layer_scale, residual, out_scale)
+    return Sparse24Linear(
+        x.data_ptr(), x.stride(0) * x.element_size(), values.data_ptr(), meta.data_ptr(), K, ELEMENTS.index(x.dtype),
+        Epilogue(
+            *map(_pointer, vectors), y.data_ptr(), _pointer(w_sum), 64, 0 if residual is None else residual.stride(0),
+            M, N, x_zero_point, out_zero_point, out_bits, ACTIVATIONS.index(activation),
+            x_scale is not None and x_scale.shape[0] > 1, out_scale is not None and out_scale.shape[0] > 1, False,
+        ),
+    )  # fmt: skip
+
+
+def plan(of: Sparse24Linear, capability: int, sm_count: int, config: str | None = None) -> Launch:
+    """What would be launched on a GPU of this capability (10 major + minor); config: by this kernel. Needs no GPU.
+
+    Raises ValueError when the problem cannot be computed, or not by this kernel there.
+    """
+    launch = Launch()
+    check(_functions().pyvit_accel_sparse24_linear_plan(
+        byref(of), capability, sm_count, _config_index(config), byref(launch)
+    ))  # fmt: skip
+    return launch
+
+
+def arguments(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, out_features: int, x_scale: Tensor | None,
+    w_scale: Tensor | None, w_sum: Tensor | None, x_zero_point: int, activation: str, layer_scale: Tensor | None,
+    residual: Tensor | None, out_scale: Tensor | None, out_zero_point: int, out_bits: int,
+) -> tuple:  # fmt: skip
+    """The arguments of the reference as `problem` takes them after y: contiguous, aligned, rows of x padded."""
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    vectors = (None if v is None else v.contiguous() for v in (bias, x_scale, w_scale, layer_scale, out_scale))
+    bias, x_scale, w_scale, layer_scale, out_scale = vectors
+    return (
+        aligned_rows(x), _aligned(values), _aligned(meta), bias, x_scale, w_scale, _padded_sums(w_sum), x_zero_point,
+        activation, layer_scale, residual, out_scale, out_zero_point, out_bits, x.shape[1],
+    )  # fmt: skip
+
+
+def result(x: Tensor, out_features: int, out_scale: Tensor | None) -> Tensor:
+    """y, empty."""
+    dtype = torch.int8 if out_scale is not None else torch.float32 if x.dtype == torch.int8 else x.dtype
+    return torch.empty(x.shape[0], out_features, dtype=dtype, device=x.device)
+
+
+def sparse24_linear(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    w_sum: Tensor | None,
+    x_zero_point: int,
+    activation: str,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: int,
+    out_bits: int,
+    w_dense: Tensor | None = None,
+    *,
+    config: str | None = None,
+) -> Tensor:
+    """config: the name of the kernel, one of configs(), which runs on this GPU and has this dtype; None chooses."""
+    y = result(x, out_features, out_scale)
+    if y.numel():
+        kept = arguments(
+            x, values, meta, bias, out_features, x_scale, w_scale, w_sum, x_zero_point, activation, layer_scale,
+            residual, out_scale, out_zero_point, out_bits,
+        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            stream = torch.cuda.current_stream(x.device).cuda_stream
+            capability, sm_count = _device(x.device.index)
+            of, config_index = problem(y, *kept), _config_index(config)
+            check(_functions().pyvit_accel_sparse24_linear(byref(of), capability, sm_count, config_index, stream))
+    return y
