@@ -1,0 +1,136 @@
+"""What masks need to know of a layer's inputs: their second moments over calibration batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyvit_accel.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class Moments:
+    """gram (K, K) float32: mean of x x^T; mean (K,) float32; both over `count` rows x of the layer's input."""
+
+    gram: Tensor
+    mean: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, x: Tensor, importance: Tensor | None = None) -> Moments:
+        """Of one tensor x (..., K); importance (...): what a row counts, 1 when None."""
+        sums = Sums()
+        sums.add(x, importance)
+        return sums.result("x")
+
+    @property
+    def norm(self) -> Tensor:
+        """Root of the mean square of each input, (K,)."""
+        return self.gram.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def centred(self) -> Tensor:
+        """The covariance (K, K): what an error still does once a bias has taken up its mean."""
+        return self.gram - torch.outer(self.mean, self.mean)
+
+    def permuted(self, order: Tensor) -> Moments:
+        """Of the inputs in another order."""
+        return Moments(self.gram[order][:, order], self.mean[order], self.count)
+
+
+class Sums:
+    """Moments of one tensor as batches come."""
+
+    def __init__(self) -> None:
+        self.gram: Tensor | None = None
+        self.count = 0
+
+    def add(self, x: Tensor, importance: Tensor | None = None) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        counts = rows.new_ones(len(rows)) if importance is None else importance.detach().reshape(-1).to(rows)
+        if self.gram is None:
+            K = rows.shape[1]
+            self.gram, self.total, self.weight = rows.new_zeros(K, K), rows.new_zeros(K, dtype=torch.float64), 0.0
+        scaled = rows * counts[:, None]
+        self.gram.addmm_(scaled.T, rows)
+        self.total += scaled.sum(0, dtype=torch.float64)
+        self.weight += float(counts.sum(dtype=torch.float64))
+        self.count += len(rows)
+
+    def result(self, name: str) -> Moments:
+        """Raises Unsupported when nothing came, ValueError when what came is not finite; `name` says where."""
+        if not self.count:
+            raise Unsupported(f"no calibration batch reached {name}; it has no statistics")
+        if not bool(self.gram.isfinite().all()):
+            raise ValueError(f"the input of {name} holds NaN or an infinity; clean the calibration data")
+        return Moments(self.gram / self.weight, (self.total / self.weight).float(), self.count)
+
+
+def observe(
+    model: nn.Module,
+    batches: Tensor | Mapping | Iterable,
+    layers: Iterable[str],
+    progress: Callable[[Iterable, str], Iterable] | None = None,
+) -> dict[str, Moments]:
+    """Run the model over the batches without gradients; the moments of the inputs of the named layers.
+
+    batches   one batch or an iterable of them: a Tensor, a tuple or list that starts with one, or a mapping of keyword
+              arguments; moved to the model's device
+    progress  progress(batches, label) iterates the batches
+
+    Raises ValueError for a model in training mode, for no batch and for inputs that are not finite; Unsupported, naming
+    the layer, when no batch reached it.
+    """
+    layers = list(layers)
+    sums = {name: Sums() for name in layers}
+
+    def hook_of(name: str):
+        return lambda module, args, kwargs: sums[name].add(args[0] if args else next(iter(kwargs.values())))
+
+    with hooked({model.get_submodule(name): hook_of(name) for name in layers}):
+        for args, kwargs in calls(model, batches, progress):
+            model(*args, **kwargs)
+    return {name: found.result(name) for name, found in sums.items()}
+
+
+class hooked:
+    """Forward pre-hooks for the time of a with statement, and no gradients."""
+
+    def __init__(self, hooks: dict[nn.Module, Callable]) -> None:
+        self.hooks = hooks
+
+    def __enter__(self) -> None:
+        self.grad = torch.no_grad()
+        self.grad.__enter__()
+        self.handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in self.hooks.items()]
+
+    def __exit__(self, *error) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.grad.__exit__(*error)
+
+
+def calls(model: nn.Module, batches, progress=None) -> Iterable[tuple[tuple, dict]]:
+    """(args, kwargs) of model.forward for every batch, on the model's device. Raises as observe."""
+    if model.training:
+        raise ValueError("sparsity: the model is in training mode, dropout would change the numbers; call model.eval()")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    several = [batches] if isinstance(batches, (Tensor, Mapping)) else batches
+    count = 0
+    for batch in several if progress is None else progress(several, "calibration"):
+        if isinstance(batch, Mapping):
+            yield (), {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+        else:
+            x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"sparsity: batch {count} is a {type(batch).__name__}; expected a Tensor, a tuple or list starting "
+                    "with one, or a mapping of keyword arguments"
+                )
+            yield (x.to(device),), {}
+        count += 1
+    if not count:
+        raise ValueError("sparsity: no calibration batches; give at least one (an exhausted generator counts as none)")

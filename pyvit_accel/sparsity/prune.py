@@ -1,0 +1,206 @@
+"""Prune the linears of a trained model to 2:4: masked dense weights, ready to be packed, and what that did to each.
+
+    pruned = prune(model, ["blocks.*.mlp.*", "blocks.*.attn.*"], batches)      in place
+
+magnitude    the two largest weights of every chunk; needs no batch, uses them for the report if there are some
+wanda        the same of |w| times the norm of the input
+sparsegpt    masks and values that make good what goes (sparsegpt.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from pyvit_accel.errors import Unsupported
+from pyvit_accel.sparsity import masks
+from pyvit_accel.sparsity.moments import Moments, Sums, calls, hooked
+from pyvit_accel.sparsity.permute import pair_of
+from pyvit_accel.sparsity.sparsegpt import sparsegpt
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What became of one layer.
+
+    kept_energy   share of the sum of squares of its weights that the mask keeps
+    output_error  norm of the error of its output over the norm of its output, bias apart, on the calibration inputs;
+                  None without batches
+    permuted      by what factor a permutation of its inputs enlarged the score kept; None: not permuted
+    reason        why not, where it was asked for
+    """
+
+    name: str
+    method: str
+    kept_energy: float
+    output_error: float | None
+    permuted: float | None = None
+    reason: str = ""
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    layers: str | Iterable[str],
+    batches: Tensor | Mapping | Iterable = (),
+    method: str = "sparsegpt",
+    *,
+    permute: bool = False,
+    sequential: bool = True,
+    correct_bias: bool = True,
+    progress: Callable[[Iterable, str], Iterable] | None = None,
+) -> list[Pruned]:
+    """Prune the linears whose dotted names match `layers` (globs), in place; one Pruned for each, in their order.
+
+    batches       calibration, as of observe; read once for every group of layers, so no generator
+    permute       order the inputs of layers whose producer can follow (permute.pair_of) first
+    sequential    a group of layers (those of one block) is calibrated on what the pruned groups before it give; False:
+                  all of them on the float model, in one pass
+    correct_bias  the bias takes up the mean of the error, so that sparsegpt minds its variance alone
+    progress      progress(groups, label) iterates the groups
+
+    Raises ValueError for a method or name that is not known and for weights that are not finite, naming the layer;
+    Unsupported, naming it too, for a layer that no batch reached.
+    """
+    if method not in METHODS:
+        raise ValueError(f"prune: method={method!r}; use one of {', '.join(METHODS)}")
+    names = _matching(model, [layers] if isinstance(layers, str) else list(layers))
+    batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+    if not batches and method != "magnitude":
+        raise ValueError(f"prune: {method} needs calibration batches; magnitude alone does without")
+    groups = [list(group) for _, group in groupby(names, _block)] if sequential and batches else [names]
+    stream = _Stream(model, batches, [_block(group[0]) for group in groups], sequential) if batches else None
+    found: list[Pruned] = []
+    for group in groups if progress is None else progress(groups, method):
+        moments = stream.moments(group) if stream else {}
+        for name in group:
+            found.append(_prune_layer(model, name, moments, method, permute, correct_bias))
+        if stream:
+            stream.advance(group)
+    return found
+
+
+def output_error(w: Tensor, new: Tensor, moments: Moments, centred: bool = False) -> float:
+    """|x (w - new)^T| / |x w^T| over the inputs x of the moments; centred: of the errors less their mean."""
+    gram, change = moments.gram.double(), (w - new).detach().double()
+    total = ((w.double() @ gram) * w.double()).sum()
+    error = ((change @ (moments.centred.double() if centred else gram)) * change).sum().clamp(min=0)
+    return float((error / total).sqrt()) if total > 0 else 0.0
+
+
+def _prune_layer(
+    model: nn.Module, name: str, moments: dict[str, Moments], method: str, permute: bool, correct_bias: bool
+) -> Pruned:
+    layer = model.get_submodule(name)
+    seen, permuted, reason = moments.get(name), None, ""
+    _check_finite(layer.weight, name)
+    if permute:
+        try:
+            pair = pair_of(model, name)
+        except Unsupported as refused:
+            reason = str(refused)
+        else:
+            found = pair.search(_score(layer.weight, seen, method))
+            pair.fold(model, found.order)
+            permuted = found.after / found.before
+            seen = None if seen is None else seen.permuted(found.order)
+    w, centred = layer.weight.detach().float().clone(), correct_bias and layer.bias is not None and seen is not None
+    if method == "sparsegpt":
+        new = sparsegpt(w, seen.centred if centred else seen.gram)
+        mask = new != 0
+    else:
+        mask = masks.largest_two(_score(w, seen, method))
+        new = w * mask
+    if centred:
+        layer.bias += ((w - new) @ seen.mean).to(layer.bias.dtype)
+    layer.weight.copy_(new)
+    error = None if seen is None else output_error(w, new, seen, centred)
+    return Pruned(name, method, masks.kept_energy(w, mask), error, permuted, reason)
+
+
+def _score(w: Tensor, seen: Moments | None, method: str) -> Tensor:
+    """Squares of magnitudes or of Wanda's scores: what keeping a weight saves."""
+    energy = w.detach().float().square()
+    return energy if method == "magnitude" else energy * seen.gram.diagonal()
+
+
+def _check_finite(w: Tensor, name: str) -> None:
+    if not bool((finite := w.isfinite()).all()):
+        row, k = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: row {row}, chunk {k // masks.CHUNK} holds {w[row, k].item()}; weights must be finite"
+        )
+
+
+def _matching(model: nn.Module, patterns: list[str]) -> list[str]:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"prune: {pattern!r} matches no Linear of the model; they are {', '.join(names[:8])} ...")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _block(name: str) -> str:
+    """The dotted name up to the first part that ends in a digit: "blocks.3" of "blocks.3.mlp.fc1"; else all of it."""
+    parts = name.split(".")
+    ends = [i for i, part in enumerate(parts[:-1]) if part[-1:].isdigit()]
+    return ".".join(parts[: ends[0] + 1]) if ends else name
+
+
+class _Stream:
+    """Runs the batches as far as needed. Where the blocks are a chain, each is run on what the one before it gave: two
+    passes over the model in all. Else the model is run from its start for each of them."""
+
+    def __init__(self, model: nn.Module, batches: list, blocks: list[str], sequential: bool) -> None:
+        self.model, self.batches, self.chain = model, batches, sequential and len(blocks) > 1
+        self.inputs: list[tuple[tuple, dict]] = []
+        if not self.chain:
+            return
+        modules = [model.get_submodule(name) for name in blocks]
+        last: list = [None]
+
+        def enter(module, args, kwargs):
+            if module is modules[0]:
+                self.inputs.append((args, kwargs))
+            elif not args or args[0] is not last[0]:
+                self.chain = False
+
+        def leave(module, args, output):
+            last[0] = _first(output)
+
+        handles = [module.register_forward_hook(leave) for module in modules]
+        with hooked(dict.fromkeys(modules, enter)):
+            for args, kwargs in calls(model, batches):
+                last[0] = None
+                model(*args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        self.chain = self.chain and len(self.inputs) == len(batches) and all(args for args, _ in self.inputs)
+
+    def moments(self, group: list[str]) -> dict[str, Moments]:
+        sums = {name: Sums() for name in group}
+
+        def hook_of(name: str):
+            return lambda module, args, kwargs: sums[name].add(args[0] if args else next(iter(kwargs.values())))
+
+        with hooked({self.model.get_submodule(name): hook_of(name) for name in group}):
+            module = self.model.get_submodule(_block(group[0])) if self.chain else self.model
+            for args, kwargs in self.inputs if self.chain else calls(self.model, self.batches):
+                module(*args, **kwargs)
+        return {name: found.result(name) for name, found in sums.items()}
+
+    def advance(self, group: list[str]) -> None:
+        if self.chain:
+            block = self.model.get_submodule(_block(group[0]))
+            self.inputs = [((_first(block(*args, **kwargs)), *args[1:]), kwargs) for args, kwargs in self.inputs]
+
+
+def _first(output):
+    return output[0] if isinstance(output, (tuple, list)) else output

@@ -1,0 +1,65 @@
+"""SparseGPT: 2:4 masks chosen column by column, each weight that goes made good by the inputs not decided yet.
+
+    What = argmin  tr((W - What) G (W - What)^T),   G (K, K): mean of x x^T over the inputs x
+
+With U upper triangular, U^T U the inverse of the damped G: at the first column of a chunk the two of its columns with
+the largest (w / U_kk)^2 are kept, w as compensated so far; then for every column k that goes, w_k / U_kk U_k,k+1.. is
+taken off the columns behind it. In blocks of columns, so that most of the work is matrix products.
+Frantar and Alistarh, SparseGPT, arXiv:2301.00774.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyvit_accel.sparsity.masks import CHUNK, largest_two
+
+DAMPING = 0.01  # of the mean of diag G, added to it
+BLOCK = 128  # columns, a multiple of CHUNK
+
+
+def sparsegpt(w: Tensor, gram: Tensor, mask: Tensor | None = None, damping: float = DAMPING) -> Tensor:
+    """What (N, K) float32 of w (N, K): at most two of every four not zero, their values changed.
+
+    gram (K, K)  symmetric, not negative; inputs that are always zero lose their weights
+    mask (N, K)  keep these, and choose values only
+
+    Raises ValueError for a gram or mask that does not fit or a gram or weight that is not finite.
+    """
+    N, K = w.shape
+    if gram.shape != (K, K) or not bool(gram.isfinite().all()):
+        raise ValueError(f"sparsegpt: gram {tuple(gram.shape)} must be ({K}, {K}) and finite")
+    if mask is not None and mask.shape != w.shape:
+        raise ValueError(f"sparsegpt: mask {tuple(mask.shape)} for a weight ({N}, {K})")
+    if not bool(w.isfinite().all()):
+        row, k = (~w.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"sparsegpt: row {row}, chunk {k // CHUNK} holds {w[row, k].item()}; weights must be finite")
+    w = w.detach().float().clone()
+    factor = _factor(gram, damping)
+    w[:, gram.diagonal() <= 0] = 0
+    kept = torch.zeros_like(w, dtype=torch.bool) if mask is None else mask.bool()
+    found = torch.empty_like(w)
+    for start in range(0, K, BLOCK):
+        stop = min(start + BLOCK, K)
+        errors = torch.empty_like(w[:, start:stop])
+        for k in range(start, stop):
+            if mask is None and k % CHUNK == 0:
+                group = slice(k, min(k + CHUNK, K))
+                kept[:, group] = largest_two((w[:, group] / factor.diagonal()[group]).square())
+            found[:, k] = w[:, k] * kept[:, k]
+            errors[:, k - start] = (w[:, k] - found[:, k]) / factor[k, k]
+            w[:, k + 1 : stop] -= errors[:, k - start, None] * factor[k, k + 1 : stop]
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return found
+
+
+def _factor(gram: Tensor, damping: float) -> Tensor:
+    """Upper triangular U (K, K) float32 with U^T U the inverse of the damped gram."""
+    gram = gram.double()
+    diagonal = gram.diagonal()
+    added = damping * diagonal.mean()
+    dead = (diagonal <= 0).double()  # else the inverse of what is never seen would be unbounded
+    gram = gram + torch.diag(added + dead)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    return torch.linalg.cholesky(inverse, upper=True).float()
