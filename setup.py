@@ -109,6 +109,15 @@ def find_nvcc():
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
+def run_nvcc(command):
+    """Fails as well where ptxas says that it makes wgmma wait for each other: the kernel would be right, and slow."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, end="", flush=True)
+    if done.returncode or "wgmma.mma_async instructions are serialized" in done.stdout:
+        Path(command[-1]).unlink(missing_ok=True)  # or it would be up to date
+        raise subprocess.CalledProcessError(done.returncode, command)
+
+
 class BuildCuda(Command):
     """Compiles csrc/cuda into one shared library of the source tree; what did not change is not compiled again."""
 
@@ -145,7 +154,7 @@ class BuildCuda(Command):
                 files = ["-MMD", "-MF", str(output.with_suffix(".d")), "-c", str(source), "-o", str(output)]
                 commands.append([nvcc, *CUDA_FLAGS, *codes, *files])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+            list(pool.map(run_nvcc, commands))
         if commands or is_old(self.library, objects):
             self.library.parent.mkdir(parents=True, exist_ok=True)
             new = f"{self.library}.new"
