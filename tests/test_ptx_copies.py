@@ -350,6 +350,11 @@ def test_an_mbarrier_of_the_other_block():
     store = "mov.u32 %r4, %ctaid.x; mad.lo.u32 %r4, %r4, 64, %r1; mad.wide.u32 %d3, %r4, 4, %d1;" + STORE
     last = "barrier.cluster.arrive; barrier.cluster.wait;"
     options = {"threads": 64, "grid": 2, "cluster": 2, "module": TILE}
-    assert np.array_equal(execute(body + store + last, **options), np.concatenate([lanes(64) + 100, 0 * lanes(64)]))
+    expected = np.concatenate([lanes(64) + 100, 0 * lanes(64)])
+    assert np.array_equal(execute(body + store + last, **options), expected)
+    relaxed = body.replace("barrier.cluster.arrive;", "barrier.cluster.arrive.relaxed;")  # the fence releases the init
+    assert np.array_equal(execute(relaxed + store + last, **options), expected)
+    with pytest.raises(Fault, match="used without a barrier behind its init"):
+        execute(relaxed.replace("fence.mbarrier_init.release.cluster;", "") + store + last, **options)
     with pytest.raises(Fault, match="race: read of shared byte"):
         execute(body.replace("arrive.release", "arrive.relaxed") + store + last, **options)

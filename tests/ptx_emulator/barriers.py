@@ -193,6 +193,8 @@ def cluster(ins, program, mods):
             if barrier.known is not None:
                 clocks.learn(g.warp_ids, *barrier.known)
             clocks.epoch[g.warp_ids] += 1
+            for mbarrier in (m for c in peers for m in c.mbarriers.values()):
+                mbarrier.public |= mbarrier.fenced
             return None
 
         def why():

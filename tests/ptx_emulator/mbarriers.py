@@ -23,6 +23,7 @@ class MBarrier:
     known: object = None  # in the last one
     warp: int = -1  # that initialised it
     fenced: bool = False  # by fence.mbarrier_init
+    public: bool = False  # so fenced, and the cluster has met since: known to it though it met without release
     expects: tuple = ()  # the thread and the instruction that last expected bytes
 
     def settle(self) -> None:
@@ -110,6 +111,8 @@ def _init(ins, program, op):
 
 def check_initialised(g, cta, offset: int, lane: int, proxy: bool = False) -> None:
     """The init of an mbarrier must be known to who uses it, and fenced for the copy engine."""
+    if cta.mbarriers[offset].public:
+        return
     shared, clocks = cta.shared, g.cta.clocks
     writer, clock, warp = int(shared.agent[offset]), int(shared.clock[offset]), int(g.warps[lane])
     own = int(shared.thread[offset]) == int(g.cluster_threads[lane])
