@@ -42,12 +42,14 @@ class Replacement:
     """module takes the place of `path` below the matched module ("": the module itself).
 
     spec is a JSON-able record from which saved files rebuild the module. layers: its matmuls, named from there on.
+    note: a line of the report, the same one of many modules once.
     """
 
     module: nn.Module
     path: str = ""
     spec: dict = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,23 @@ class Rule:
     kinds    dotted class names, matched against the module's MRO
     convert  (module, observed) to a Replacement, or raises Unsupported with the reason; observed: what calibration saw
     exact    the class itself, no subclass
+    unless   globs of names that it leaves alone, and the reason why
     """
 
     match: str
     kinds: frozenset[str]
     convert: Callable[[nn.Module, Any], Replacement]
     exact: bool = False
+    unless: tuple[str, ...] = ()
+    unless_reason: str = ""
 
     def applies(self, name: str, module: nn.Module) -> bool:
+        if any(fnmatchcase(name, glob) for glob in self.unless):
+            return False
+        return self.means(name, module)
+
+    def means(self, name: str, module: nn.Module) -> bool:
+        """applies, whatever `unless` says."""
         classes = type(module).__mro__[:1] if self.exact else type(module).__mro__
         return fnmatchcase(name, self.match) and any(f"{c.__module__}.{c.__qualname__}" in self.kinds for c in classes)
 
@@ -76,6 +87,7 @@ class Recipe:
 
     tokens  what changes blocks as a whole, whatever the rules made of them (token_reduction.py: Reduction): read before
             they are applied, applied after
+    code_bits  of weights and activations, of a recipe that makes both integers
     """
 
     name: str
@@ -84,6 +96,7 @@ class Recipe:
     needs_calibration: bool = False
     prepare: Callable[[nn.Module], AbstractContextManager] = nullcontext
     tokens: Any = None
+    code_bits: tuple[int, int] | None = None
 
     def __add__(self, other: Recipe) -> Recipe:
         """Both: the rules of the first have the first word. Of their observers, that of the one that needs it."""
@@ -97,6 +110,7 @@ class Recipe:
             self.needs_calibration or other.needs_calibration,
             self.prepare if self.prepare is not nullcontext else other.prepare,
             self.tokens or other.tokens,
+            self.code_bits or other.code_bits,
         )
 
 
@@ -184,7 +198,7 @@ def accelerate(
         if strict and refused:
             name, reason = next(iter(refused.items()))
             raise Unsupported(f"{name}: {reason}")
-        report = Report(recipe.name, tuple(_entries(modules, plan, refused)))
+        report = Report(recipe.name, tuple(_entries(modules, plan, refused)), _notes(plan))
         made = getattr(model, "pyvit_accel", {"recipe": "", "modules": []})  # by an earlier call
         for name, new in plan.items():
             target = _target(name, new)
@@ -216,7 +230,10 @@ def _plan(model: nn.Module, recipe: Recipe, observed: Any) -> tuple[dict[str, Re
     taken: list[str] = []
     for rule in recipe.rules:
         for name, module in model.named_modules(remove_duplicate=False):
-            if not rule.applies(name, module) or name in plan or any(_inside(name, t) for t in taken):
+            if not rule.means(name, module) or name in plan or any(_inside(name, t) for t in taken):
+                continue
+            if not rule.applies(name, module):
+                refused.setdefault(name, rule.unless_reason)
                 continue
             try:
                 new = rule.convert(module, observed)
@@ -231,6 +248,10 @@ def _plan(model: nn.Module, recipe: Recipe, observed: Any) -> tuple[dict[str, Re
             taken.append(target)
             refused.pop(name, None)
     return plan, refused
+
+
+def _notes(plan: dict[str, Replacement]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(new.note for new in plan.values() if new.note))
 
 
 def _target(name: str, new: Replacement) -> str:

@@ -7,6 +7,9 @@
     FP8            e4m3 weights and activations, a scale per output feature and per token; for GPUs with fp8 units
     POW2           weights are 0 or +-2^0 .. 2^-6 of a scale, 4 bits; int8 activations; published ones are retrained
 
+    SPARSE24       two of four weights are zero, in 16 bits, for sparse tensor cores; SPARSE24(mask="wanda") and other
+                   arguments as in sparse_recipe.sparse24. SPARSE24 + W8A8: its Linears in int8
+
     EXP_FREE_ATTENTION  attention between its float projections: int8 q, k, v and a softmax without an exponential; can
                         be trained. Other recipes convert its projections in a second call of accelerate
 
@@ -35,10 +38,10 @@ from pyvit_accel.modules import CodebookLinear, ExpFreeSelfAttention, QuantPatch
 from pyvit_accel.modules.build import Scheme
 from pyvit_accel.modules.quant_linear import PackedWeight
 from pyvit_accel.planning import Calibration, Reconstruction
+from pyvit_accel.sparse_recipe import CLASSIFIERS, sparse24
 from pyvit_accel.token_reduction import Reduction, WindowReduction
 from pyvit_accel.tokens import TokenSchedule
 
-CLASSIFIERS = ("head", "head.*", "heads.*", "head_dist", "classifier", "*.classifier", "cls_classifier", "fc")
 CODEBOOK_ROWS = 2048  # of inputs that roundings are chosen on
 LINEAR = frozenset({"torch.nn.modules.linear.Linear"})
 TABLES = {"BLOCKS": BLOCKS, "ATTENTIONS": ATTENTIONS, "MLPS": MLPS, "PATCH_EMBEDS": PATCH_EMBEDS}
@@ -106,7 +109,8 @@ def _integer(
         Rule("*", LINEAR, partial(plain, built(build.quant_linear)), exact=True),
     )
     observe = partial(planning.calibrated, scheme, search, reconstruction)
-    return Recipe(name, rules, observe, needs_calibration, adapters.unpack_attention)
+    bits = (scheme.w_bits, scheme.x_bits)
+    return Recipe(name, rules, observe, needs_calibration, adapters.unpack_attention, code_bits=bits)
 
 
 def integer(
@@ -211,5 +215,6 @@ W8A16, W4A16 = weight_only(8), weight_only(4, group_size=64)
 FP8 = codebook("FP8", fp8("e4m3"), fp8("e4m3"))
 POW2 = codebook("POW2", ps_weight(bits=4), uniform(8, 1.0, zero_point=128))
 EXP_FREE_ATTENTION = exp_free_attention("EXP_FREE_ATTENTION", DEFAULT_SOFTMAX)
-_ALL = (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16, FP8, POW2, EXP_FREE_ATTENTION)
+SPARSE24 = sparse24()
+_ALL = (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16, FP8, POW2, SPARSE24, EXP_FREE_ATTENTION)
 RECIPES = {recipe.name: recipe for recipe in _ALL}

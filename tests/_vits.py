@@ -56,9 +56,10 @@ def module_names(model: nn.Module) -> list[str]:
 
 CODEBOOK = "CodebookLinear"
 # How many times the error of W8A8 the weights and activations of other recipes may make on random models.
-COARSER = {"W6A6": 3, "W4A8": 6, "W4A4": 8, "W3A3": 14, "W4A16": 6, "FP8": 2, "POW2": 9}
+COARSER = {"W6A6": 3, "W4A8": 6, "W4A4": 8, "W3A3": 14, "W4A16": 6, "FP8": 2, "POW2": 9, "SPARSE24": 16}
 
 
 def linear_class(recipe) -> str | None:
     """What each nn.Linear becomes, with recipes that build no blocks."""
-    return "WeightOnlyLinear" if recipe.name.endswith("A16") else {"FP8": CODEBOOK, "POW2": CODEBOOK}.get(recipe.name)
+    others = {"FP8": CODEBOOK, "POW2": CODEBOOK, "SPARSE24": "Sparse24Linear"}
+    return "WeightOnlyLinear" if recipe.name.endswith("A16") else others.get(recipe.name)

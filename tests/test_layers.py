@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 BELOW_MODULES = {"formats", "reference", "backends", "ops"}
 BELOW_RECIPES = BELOW_MODULES | {"modules", "adapters", "calibrate", "models", "files", "errors"}
 COMMANDS = {"commands", "demo", "images", "measure", "output"}
-RECIPES = {"recipes", "planning", "mixed_precision", "token_reduction"}
+RECIPES = {"recipes", "planning", "sparse_recipe", "mixed_precision", "token_reduction"}
 ANYTHING = BELOW_RECIPES | COMMANDS | RECIPES | {"convert", "serialize", "kernels", "cuda", "tokens", "sparsity", "_C"}
 LAYERS = {
     "errors": (set(), set()),
@@ -27,7 +27,7 @@ LAYERS = {
     "cuda": ({"errors"}, {"torch"}),
     "backends": ({"formats", "reference", "cuda", "_C"}, {"torch"}),
     "ops": ({"formats", "reference", "backends", "kernels", "cuda", "_C"}, {"torch"}),
-    "modules": (BELOW_MODULES | {"calibrate", "errors"}, {"torch"}),
+    "modules": (BELOW_MODULES | {"calibrate", "sparsity", "errors"}, {"torch"}),
     "adapters": ({"modules", "errors"}, {"torch"}),
     "calibrate": ({"formats", "errors"}, {"torch"}),
     "models": ({"files", "errors"}, {"torch", "numpy", "sklearn"}),
@@ -36,7 +36,8 @@ LAYERS = {
     "sparsity": ({"formats", "errors"}, {"torch"}),
     "planning": ({"adapters", "calibrate", "errors", "modules"}, {"torch", "tqdm"}),
     "token_reduction": ({"adapters", "convert", "errors", "modules", "tokens"}, {"torch"}),
-    "recipes": (BELOW_RECIPES | {"convert", "planning", "token_reduction", "tokens", "sparsity"}, {"torch"}),
+    "sparse_recipe": ({"convert", "errors", "modules", "planning", "sparsity"}, {"torch"}),
+    "recipes": (BELOW_RECIPES | {"convert", "planning", "sparse_recipe", "token_reduction", "tokens"}, {"torch"}),
     "imported": (BELOW_RECIPES | {"convert", "recipes"}, {"torch"}),
     "mixed_precision": (BELOW_RECIPES | {"convert", "planning", "recipes"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),

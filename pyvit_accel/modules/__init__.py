@@ -8,6 +8,8 @@ from .quant_block import QuantBlock
 from .quant_linear import QuantLinear
 from .quant_mlp import QuantMlp
 from .quant_patch_embed import QuantPatchEmbed
+from .sparse24_linear import Sparse24Linear
+from .sparse24_training import Sparse24Training, train_sparse24
 from .weight_only_linear import WeightOnlyLinear
 
 __all__ = [
@@ -20,5 +22,8 @@ __all__ = [
     "QuantLinear",
     "QuantMlp",
     "QuantPatchEmbed",
+    "Sparse24Linear",
+    "Sparse24Training",
     "WeightOnlyLinear",
+    "train_sparse24",
 ]

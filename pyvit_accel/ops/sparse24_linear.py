@@ -20,6 +20,12 @@ def dense_form(values: Tensor, meta: Tensor, out_features: int, in_features: int
     return packed.pack(w) if w.dtype == torch.int8 else w.float()
 
 
+def multiplies_dense(values: Tensor) -> bool:
+    """Whether the device of these values reads w_dense: CPUs do, and GPUs that no sparse kernel here is for."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("pyvit_accel::sparse24_linear", "CUDA")
+    return not (values.is_cuda and has_kernel and torch.cuda.get_device_capability(values.device) >= (8, 0))
+
+
 def _on_dense(
     x, values, meta, bias, out_features, x_scale, w_scale, w_sum, x_zero_point, activation, layer_scale, residual,
     out_scale, out_zero_point, out_bits, w_dense=None,

@@ -1,0 +1,232 @@
+"""Sparse24Linear: nn.Linear with a 2:4 sparse weight, 16-bit or int8, as sparse tensor cores read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pyvit_accel import ops, sparsity
+from pyvit_accel.errors import Unsupported
+from pyvit_accel.formats import affine, sparse24
+from pyvit_accel.ops.sparse24_linear import dense_form, multiplies_dense
+from pyvit_accel.sparsity import Moments
+
+from .gradient import refuse_gradient
+from .quant_linear import check_weight
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def pruned_weight(linear: nn.Linear, mask: str | Tensor, inputs: Moments | None) -> Tensor:
+    """The weight (N, K) float32 with at most two of every four inputs not zero.
+
+    Raises ValueError for a mask of another shape, kind or name, or one that keeps more, and for inputs of another
+    width; Unsupported for one that needs inputs where there are none.
+    """
+    w = linear.weight.detach().float()
+    if inputs is not None and inputs.mean.shape != w.shape[1:]:
+        raise ValueError(f"Sparse24Linear: inputs of {inputs.mean.shape[0]} features, the layer has {w.shape[1]}")
+    if isinstance(mask, Tensor):
+        if mask.shape != w.shape or mask.dtype != torch.bool:
+            came = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"Sparse24Linear: mask is {came}, expected {torch.bool} {tuple(w.shape)}")
+        w = w * mask.to(w.device)
+        sparse24.check(w)
+        return w
+    if mask not in sparsity.METHODS:
+        raise ValueError(f"Sparse24Linear: mask {mask!r} is not one of {', '.join(sparsity.METHODS)}, nor a tensor")
+    if mask == "magnitude":
+        return w * sparsity.magnitude(w)
+    if inputs is None:
+        raise Unsupported(f"mask {mask!r} reads the layer's inputs; give calibration batches, or use 'magnitude'")
+    if mask == "wanda":
+        return w * sparsity.wanda(w, inputs.norm.to(w.device))
+    gram = inputs.gram if linear.bias is None else inputs.centred  # the bias takes up the mean of the error
+    return sparsity.sparsegpt(w, gram.to(w.device))
+
+
+def _moved(t: Tensor, to: Tensor) -> Tensor:
+    """`to`, or t itself on its device where the dtype has changed."""
+    return to if to.dtype == t.dtype else t.to(to.device)
+
+
+def _unpack_after_load(module: Sparse24Linear, keys: object) -> None:
+    module.unpack()
+
+
+class Sparse24Linear(nn.Module):
+    """Drop-in for nn.Linear on sparse tensor cores. x is rounded to the dtype of the weight, 16 bits, or to int8 codes
+    with one scale per token or a static one; the result has the dtype of x.
+
+    The weight keeps its dtype when the model's changes. Where nothing multiplies sparse operands, on CPUs for one,
+    w_dense is the unpacked weight and the speed that of a dense layer; it is made anew, never saved.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, dtype: str = "float16", x_static: bool = False
+    ) -> None:
+        """dtype: "float16", "bfloat16" or "int8", of the weight. x_static: with int8, x has one scale for all."""
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"Sparse24Linear: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if x_static and dtype != "int8":
+            raise ValueError(f"Sparse24Linear: x_static belongs to int8 weights, not to {dtype}")
+        self.in_features, self.out_features, self.dtype, self.x_zero_point = in_features, out_features, dtype, 0
+        shapes = sparse24.packed_shapes(out_features, in_features, DTYPES[dtype])
+        self.register_buffer("values", torch.zeros(shapes[0], dtype=DTYPES[dtype]))
+        self.register_buffer("meta", torch.full(shapes[1], 0x44444444, dtype=torch.int32))
+        scales = {
+            "w_scale": torch.ones(out_features) if dtype == "int8" else None,
+            "w_sum": torch.zeros(out_features, dtype=torch.int32) if dtype == "int8" else None,
+            "x_scale": torch.ones(1) if x_static else None,
+            "bias": torch.zeros(out_features) if bias else None,
+        }
+        for name, tensor in scales.items():
+            # Absent, not None: torch.export (2.13) counts buffers that are None, and lacks an input behind two of them.
+            if tensor is None:
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, tensor)
+        self.register_buffer("w_dense", None, persistent=False)
+        self.register_load_state_dict_post_hook(_unpack_after_load)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        mask: str | Tensor = "magnitude",
+        inputs: Moments | Tensor | None = None,
+        dtype: str | None = None,
+        x_scale: Tensor | None = None,
+        x_zero_point: int = 0,
+    ) -> Sparse24Linear:
+        """mask      "magnitude" | "wanda" | "sparsegpt", or (N, K) bool: what stays
+
+        inputs        what the layer reads, rows (..., K) or their moments: the last two masks need them, and the bias
+                      makes good the mean of the error
+        dtype         "float16" | "bfloat16" | "int8"; None: that of the weight, float16 for float32
+        x_scale       (1,) float32, with x_zero_point: the static scale of x, int8 only; None: one per token
+
+        Raises Unsupported for NaN, infinite or empty weights, weights beyond the range of float16 and inputs that a
+        mask needs and were not given; ValueError for a mask that keeps more than two of four.
+        """
+        check_weight(linear)
+        if isinstance(inputs, Tensor):
+            inputs = Moments.of(inputs)
+        w = pruned_weight(linear, mask, inputs)
+        if dtype is None:
+            dtype = "bfloat16" if linear.weight.dtype == torch.bfloat16 else "float16"
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, dtype, x_scale is not None)
+        new = new.to(linear.weight.device)
+        if x_scale is not None:
+            affine.check_scale(x_scale)
+            new.x_scale, new.x_zero_point = x_scale.detach().float().reshape(1).to(w.device), x_zero_point
+        if dtype == "int8":
+            codes, new.w_scale = affine.quantize_weight(w)
+            new.w_sum = codes.sum(dim=1, dtype=torch.int32)
+        else:
+            largest = float(w.abs().max())
+            if largest > torch.finfo(DTYPES[dtype]).max:
+                raise Unsupported(f"the largest weight is {largest:.3g}, beyond {dtype}; use bfloat16")
+            codes = w.to(DTYPES[dtype])
+        new.values, new.meta = sparse24.pack(codes)
+        if linear.bias is not None:
+            new.bias = linear.bias.detach().float().clone()
+            if inputs is not None:
+                new.bias += (linear.weight.detach().float() - new.dequantized_weight()) @ inputs.mean.to(w.device)
+        new.unpack()
+        return new
+
+    def unpack(self) -> None:
+        """Make w_dense where this device needs it."""
+        if self.values.is_meta or not multiplies_dense(self.values):
+            self.w_dense = None
+        else:
+            self.w_dense = dense_form(self.values, self.meta, self.out_features, self.in_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
+        """Move, and keep every dtype: it belongs to the format, not to the model."""
+        blank = self.values.is_meta  # what comes of it has no values yet
+        self.w_dense = None
+        super()._apply(lambda t: _moved(t, fn(t)), recurse)
+        if not blank:
+            self.unpack()
+        return self
+
+    def codes(self) -> Tensor:
+        """The weight (N, K) in its own dtype."""
+        return sparse24.unpack(self.values, self.meta, self.out_features, self.in_features)
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight (N, K) the matmul multiplies with, float32."""
+        w = self.codes().float()
+        return w if self.w_scale is None else w * self.w_scale[:, None]
+
+    @property
+    def weight(self) -> Tensor:
+        """As a float32 of its own, for models that read it past forward(): F.linear(x, self.qkv.weight, bias)."""
+        return self.dequantized_weight()
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with exactly this weight, float32."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.values.device)
+        with torch.no_grad():
+            linear.weight.copy_(self.dequantized_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"Sparse24Linear: x has shape {tuple(x.shape)}, expected (..., in_features={self.in_features})"
+            )
+        weight = {"out_features": self.out_features, "w_dense": self.w_dense}
+        if self.w_scale is None:
+            y = ops.sparse24_linear(x, self.values, self.meta, self.bias, **weight)
+        else:
+            codes, scale = ops.quantize(x) if self.x_scale is None else ops.quantize(x, self.x_scale, self.x_zero_point)
+            y = ops.sparse24_linear(
+                codes, self.values, self.meta, self.bias, x_scale=scale, w_scale=self.w_scale, w_sum=self.w_sum,
+                x_zero_point=self.x_zero_point, **weight,
+            )  # fmt: skip
+        return refuse_gradient(y.to(x.dtype), x)
+
+    def formats(self) -> tuple[str, str]:
+        """Of the weight and of the activations."""
+        return f"2:4 {self.dtype}", self.dtype
+
+    def weight_bytes(self) -> int:
+        """Of the packed weight with its scales and sums."""
+        parts = (self.values, self.meta, self.w_scale, self.w_sum)
+        return sum(t.nbytes for t in parts if t is not None)
+
+    def config(self) -> dict:
+        """What the constructor needs to make this module anew, JSON-able."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "dtype": self.dtype,
+            "x_static": self.x_scale is not None,
+        }
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([sparse24.VERSION, self.out_features, self.in_features, self.x_zero_point])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        version, out_features, in_features, x_zero_point = state.tolist()
+        expected = (sparse24.VERSION, self.out_features, self.in_features)
+        if (version, out_features, in_features) != expected:
+            raise ValueError(
+                f"Sparse24Linear: the state is of packing version {version}, out_features={out_features}, "
+                f"in_features={in_features}; expected {expected[0]}, {expected[1]} and {expected[2]}"
+            )
+        self.x_zero_point = x_zero_point
+
+    def extra_repr(self) -> str:
+        kind = "" if self.dtype != "int8" else " per token" if self.x_scale is None else " static"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, weight=2:4 {self.dtype}, activation={self.dtype}{kind}"
