@@ -54,6 +54,8 @@ def owners() -> list[tuple[str, str, str]]:
             owner[key] = name if has else otherwise
         if HAS_CUDA_LIBRARY and op == "lowbit_linear":
             owner["CUDA"] = f"CUDA C++ on sm_90 (4, 8 bits, no index), else {'Triton' if HAS_TRITON else 'reference'}"
+        if HAS_CUDA_LIBRARY and op == "sparse24_linear":
+            owner["CUDA"] = "CUDA C++ from sm_80 on, else dense matmul"
         if owner["CPU"] == "C++":
             owner["CPU"] = f"C++ ({isa()})"
         rows.append((op, owner["CPU"], owner["CUDA"]))

@@ -25,6 +25,7 @@ csrc/cuda/sparse24_linear_sm80.cu and _sm90.cu compute.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 
@@ -179,3 +180,12 @@ def sparse24_linear(
             of, config_index = problem(y, *kept), _config_index(config)
             check(_functions().pyvit_accel_sparse24_linear(byref(of), capability, sm_count, config_index, stream))
     return y
+
+
+def before(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The launcher for every GPU: these kernels from sm_80 on, where sparse units are, else the other launcher."""
+
+    def launch(x: Tensor, *args) -> Tensor:
+        return (sparse24_linear if _device(x.device.index)[0] >= 80 else otherwise)(x, *args)
+
+    return launch

@@ -105,6 +105,12 @@ def finish() -> None:
             LIBRARY.impl(name, _launcher(name, getattr(kernels, name)), "CUDA")
     elif backends.HAS_CUDA_LIBRARY:
         LIBRARY.impl("lowbit_linear", _launcher("lowbit_linear", reference.lowbit_linear), "CUDA")
+    if backends.HAS_CUDA_LIBRARY:
+        from pyvit_accel.cuda.sparse24_linear import before
+
+        from .sparse24_linear import on_dense
+
+        LIBRARY.impl("sparse24_linear", before(on_dense), "CUDA")
     if backends.HAS_CPU_KERNELS:
         from pyvit_accel import _C  # noqa: F401 - importing it registers the CPU kernels, and refuses their backwards
 

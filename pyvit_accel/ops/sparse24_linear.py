@@ -26,7 +26,7 @@ def multiplies_dense(values: Tensor) -> bool:
     return not (values.is_cuda and has_kernel and torch.cuda.get_device_capability(values.device) >= (8, 0))
 
 
-def _on_dense(
+def on_dense(
     x, values, meta, bias, out_features, x_scale, w_scale, w_sum, x_zero_point, activation, layer_scale, residual,
     out_scale, out_zero_point, out_bits, w_dense=None,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ _op = define(
     "(Tensor x, Tensor values, Tensor meta, Tensor? bias, int out_features, Tensor? x_scale, Tensor? w_scale, "
     "Tensor? w_sum, int x_zero_point, str activation, Tensor? layer_scale, Tensor? residual, Tensor? out_scale, "
     "int out_zero_point, int out_bits, Tensor? w_dense=None) -> Tensor",
-    _on_dense,
+    on_dense,
     _fake,
 )
 
