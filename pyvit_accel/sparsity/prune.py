@@ -75,8 +75,10 @@ def prune(
     batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
     if not batches and method != "magnitude":
         raise ValueError(f"prune: {method} needs calibration batches; magnitude alone does without")
+    for name in names:
+        _check_finite(model.get_submodule(name).weight, name)
     groups = [list(group) for _, group in groupby(names, _block)] if sequential and batches else [names]
-    stream = _Stream(model, batches, [_block(group[0]) for group in groups], sequential) if batches else None
+    stream = _Stream(model, batches, groups) if batches else None
     found: list[Pruned] = []
     for group in groups if progress is None else progress(groups, method):
         moments = stream.moments(group) if stream else {}
@@ -100,7 +102,6 @@ def _prune_layer(
 ) -> Pruned:
     layer = model.get_submodule(name)
     seen, permuted, reason = moments.get(name), None, ""
-    _check_finite(layer.weight, name)
     if permute:
         try:
             pair = pair_of(model, name)
@@ -158,12 +159,13 @@ class _Stream:
     """Runs the batches as far as needed. Where the blocks are a chain, each is run on what the one before it gave: two
     passes over the model in all. Else the model is run from its start for each of them."""
 
-    def __init__(self, model: nn.Module, batches: list, blocks: list[str], sequential: bool) -> None:
-        self.model, self.batches, self.chain = model, batches, sequential and len(blocks) > 1
+    def __init__(self, model: nn.Module, batches: list, groups: list[list[str]]) -> None:
+        self.model, self.batches, self.chain = model, batches, len(groups) > 1
         self.inputs: list[tuple[tuple, dict]] = []
         if not self.chain:
             return
-        modules = [model.get_submodule(name) for name in blocks]
+        modules = [model.get_submodule(_block(group[0])) for group in groups]
+        missed = {model.get_submodule(name): name for group in groups for name in group}
         last: list = [None]
 
         def enter(module, args, kwargs):
@@ -175,13 +177,19 @@ class _Stream:
         def leave(module, args, output):
             last[0] = _first(output)
 
+        def reach(module, args):
+            missed.pop(module, None)
+
         handles = [module.register_forward_hook(leave) for module in modules]
+        handles += [layer.register_forward_pre_hook(reach) for layer in missed]
         with hooked(dict.fromkeys(modules, enter)):
             for args, kwargs in calls(model, batches):
                 last[0] = None
                 model(*args, **kwargs)
         for handle in handles:
             handle.remove()
+        for name in missed.values():  # before anything is changed
+            raise Unsupported(f"no calibration batch reached {name}; it has no statistics")
         self.chain = self.chain and len(self.inputs) == len(batches) and all(args for args, _ in self.inputs)
 
     def moments(self, group: list[str]) -> dict[str, Moments]:
