@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from ctypes import string_at
 from functools import cache
@@ -40,7 +41,7 @@ def ptx(capability: int) -> str:
 
 def module_with(text: str, kernel: str) -> str:
     """The module of cuobjdump's output that has the entry."""
-    for part in text.split("\nFatbin ptx code:"):
+    for part in re.split(r"\nFatbin (?:ptx|elf) code:", text):
         if f".entry {kernel}(" in part:
             return part[part.index(".version") :]
     raise ValueError(f"there is no entry {kernel}")
@@ -66,7 +67,7 @@ def emulate(launch, tensors: dict[str, Tensor], y: Tensor, loaded: Program | Non
         shape = tuple(m.dims[:rank]), tuple(m.strides[: rank - 1]), tuple(m.box[:rank])
         params[m.offset : m.offset + 128] = TensorMap(m.base, *shape, m.swizzle, m.element_bytes).encode()
     loaded = loaded or program(kernel, capability)
-    options = {"shared": launch.shared_bytes, "cluster": launch.cluster}
+    options = {"shared": launch.shared_bytes, "cluster": launch.cluster, "dependent": launch.dependent == 1}
     run(loaded, launch.grid, launch.block, bytes(params), memory, **options)
     y.untyped_storage().copy_(torch.from_numpy(memory["y"]).untyped_storage())
 

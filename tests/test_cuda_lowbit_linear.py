@@ -125,7 +125,8 @@ BUGS = {
         HOPPER, r"(arrive\.expect_tx[^,]*, \[%r\d+\], )%r\d+;", r"\g<1>12304;", 0,
         "deadlock: .* 16 bytes are missing", "mbarrier_wait"),
     "the producer does not wait": (
-        HOPPER, WAIT, NO_WAIT, -1, "race: write of shared byte .*|more than its 1 arr", "tma_load|arrive"),
+        HOPPER, WAIT, NO_WAIT, -1,
+        "race: write of shared byte .* (wgmma reads|a bulk copy writes)|more than its 1 arrivals", "tma_load|arrive"),
     "a consumer does not wait": (HOPPER, WAIT, NO_WAIT, 0, "which nothing has written", "load_weights|load"),
     "a stage given back while it is read": (
         HOPPER, r"wgmma\.wait_group\.sync\.aligned 1;", "", 0, "race: write of shared byte .* wgmma reads", "tma_load"),
