@@ -110,13 +110,15 @@ def copies_asynchronously(code: Code) -> None:
     assert code.count["LDGSTS"] and code.count["LDSM"]
 
 
-def keeps_wgmma_busy(code: Code) -> None:
-    """wgmma kernels: tiles by TMA, and a group of products under way while the operands of the next are prepared.
-
-    Products that ptxas serialises end a group each and are waited for at once; so do the last ones of a tile here.
-    """
-    products = [rest for _, name, _, rest in code.instructions if name == "IGMMA"]
-    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", code.sass)
+def multiplies_in_groups(code: Code) -> None:
+    """wgmma kernels: tiles by TMA, and groups of products: those that ptxas serialises end a group each."""
+    products = [rest for _, name, _, rest in code.instructions if name.endswith("GMMA")]
     assert code.count["UTMALDG"]
     assert 2 * sum("gsb0" in rest for rest in products) <= len(products)
+
+
+def multiplies_without_pause(code: Code) -> None:
+    """A group of products is under way while the operands of the next are prepared; only at a tile's end are none."""
+    multiplies_in_groups(code)
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", code.sass)
     assert waits.count("0x1") >= 4 and waits.count("0x0") <= 2

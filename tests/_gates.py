@@ -250,26 +250,36 @@ ROW_GATES = (
     Gate("_group_kernel", "4096 tokens", of.group(4096), on(NONE, 90), 32),
 )  # fmt: skip
 
-# ---- the CUDA library, as it is built
+# ---- the CUDA library. Tiles: features x tokens, and the registers of each, of two, three or four blocks of a
+# multiprocessor. On Hopper they are those that a block starts with, for setmaxnreg moves them.
+
+MMA_TILES = {"64x32": 128, "64x64": 168, "128x128": 255}
+WGMMA_TILES = {"128x32": 128, "128x64": 128, "128x128": 128, "256x128": 168}
+LOWBIT_TILES = {"128x16": 128, **WGMMA_TILES, "256x176": 168}
 
 
-def mma_sync(tile: str, registers: int) -> tuple[Gate, ...]:
-    matmuls, also = by(*["IMMA.16832.S8.S8"] * 4), dict.fromkeys(ARCHITECTURES, check.copies_asynchronously)
-    names = (f"lowbit_linear_sm80_w{bits}_{tile}" for bits in (4, 8))
-    return tuple(Gate(name, "as built", None, matmuls, registers, also=also) for name in names)
+def mma(name: str, matmul: str, tiles: dict[str, int]) -> tuple[Gate, ...]:
+    matmuls, also = by(*[matmul] * 4), dict.fromkeys(ARCHITECTURES, check.copies_asynchronously)
+    return tuple(Gate(f"{name}_{tile}", "as built", None, matmuls, n, also=also) for tile, n in tiles.items())
 
 
-def wgmma(tile: str, registers: int) -> tuple[Gate, ...]:
-    """n is the tile's tokens. Registers are those that a block starts with, for setmaxnreg moves them."""
-    matmuls, also = {90: f"IGMMA.64x{tile.split('x')[1]}x32.S8.S8"}, {90: check.keeps_wgmma_busy}
-    names = (f"lowbit_linear_sm90_w{bits}_{tile}" for bits in (4, 8))
-    return tuple(Gate(name, "as built", None, matmuls, registers, also=also) for name in names)
+def wgmma(name: str, matmul: str, tiles: dict[str, int], also: Callable[[Code], None]) -> tuple[Gate, ...]:
+    """n of the matmul is the tile's tokens."""
+    of_n = {tile: {90: matmul.replace("N", tile.split("x")[1])} for tile in tiles}
+    return tuple(Gate(f"{name}_{tile}", "as built", None, of_n[tile], n, also={90: also}) for tile, n in tiles.items())
 
 
 CUDA_GATES = (
-    *mma_sync("64x32", 168), *mma_sync("64x64", 168), *mma_sync("128x128", 255),
-    *wgmma("128x16", 128), *wgmma("128x32", 128), *wgmma("128x64", 128), *wgmma("128x128", 128),
-    *wgmma("256x128", 168), *wgmma("256x176", 168),
-)  # fmt: skip
+    *mma("lowbit_linear_sm80_w8", "IMMA.16832.S8.S8", MMA_TILES),
+    *mma("lowbit_linear_sm80_w4", "IMMA.16832.S8.S8", MMA_TILES),
+    *wgmma("lowbit_linear_sm90_w8", "IGMMA.64xNx32.S8.S8", LOWBIT_TILES, check.multiplies_without_pause),
+    *wgmma("lowbit_linear_sm90_w4", "IGMMA.64xNx32.S8.S8", LOWBIT_TILES, check.multiplies_without_pause),
+    *mma("sparse24_linear_sm80_s8", "IMMA.SP.16864.S8.S8", MMA_TILES),
+    *mma("sparse24_linear_sm80_f16", "HMMA.SP.16832.F32", MMA_TILES),
+    *mma("sparse24_linear_sm80_bf16", "HMMA.SP.16832.F32.BF16", MMA_TILES),
+    *wgmma("sparse24_linear_sm90_s8", "IGMMA.SP.64xNx64.S8.S8", WGMMA_TILES, check.multiplies_in_groups),
+    *wgmma("sparse24_linear_sm90_f16", "HGMMA.SP.64xNx32.F32", WGMMA_TILES, check.multiplies_in_groups),
+    *wgmma("sparse24_linear_sm90_bf16", "HGMMA.SP.64xNx32.F32.BF16", WGMMA_TILES, check.multiplies_in_groups),
+)
 
 GATES = (*LOWBIT_GATES, *BY_INDEX_GATES, *FLOAT_GATES, *ATTENTION_GATES, *ROW_GATES, *CUDA_GATES)

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from _code import Code, compile_launch, disassemble
 from _code_checks import words_are_whole
 from _gates import ARCHITECTURES, CUDA_GATES, GATES, Gate
 from _triton import triton
-from test_triton_lowbit_linear import arguments
 
 built = import_module("pyvit_accel.cuda.library")
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -116,23 +117,41 @@ def test_library_has_code_and_ptx_for_every_architecture():
     for option, kind in (("-lelf", "cubin"), ("-lptx", "ptx")):
         command = [triton.knobs.nvidia.cuobjdump.path, option, str(built.PATH)]
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for family, targets in (("sm80", TARGETS.values()), ("sm90", ["sm_90a"])):
-            found = set(re.findall(rf"lowbit_linear_{family}\.(\w+)\.{kind}", listed))
-            assert found == set(targets), (family, kind)
+        files = {gate.kernel.partition("_sm")[0] for gate in CUDA_GATES}
+        for file, (family, targets) in product(files, (("sm80", TARGETS.values()), ("sm90", ["sm_90a"]))):
+            found = set(re.findall(rf"{file}_{family}\.(\w+)\.{kind}", listed))
+            assert found == set(targets), (file, family, kind)
+
+
+def planned(kernel: str, architecture: int):
+    """A launch of the kernel, of any problem."""
+    op, _, kind, _ = kernel.rsplit("_", 3)
+    launcher, one = import_module(f"pyvit_accel.cuda.{op}"), torch.ones(304)
+    y, vectors = torch.empty(40, 300), (one[:1], one)
+    if op == "lowbit_linear":
+        w_packed = torch.zeros(304, 64 + 128 * int(kind[1:]), dtype=torch.uint8)
+        x, rest = torch.zeros(40, 64, dtype=torch.int8), (w_packed, one, None, 0)
+        args = x, one[:1], *rest
+    else:
+        x = torch.zeros(40, 64, dtype={"s8": torch.int8, "f16": torch.float16, "bf16": torch.bfloat16}[kind])
+        weight = torch.zeros(304 * 64, dtype=torch.int8)
+        args = x, weight, weight, None, *(vectors if kind == "s8" else (None, None)), one.int(), 0
+    problem = launcher.problem(y, *args, "none", None, None, None, 0, 8, 64)
+    return launcher.plan(problem, architecture, 132, kernel)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_shared_memory_of_cuda_launches(architecture):
+def test_launches_of_cuda_kernels_fit(architecture):
+    """Shared memory of a block, and the registers of its threads."""
     if built.library() is None:
         pytest.skip(f"the CUDA library: {built.status()}")
-    launcher = import_module("pyvit_accel.cuda.lowbit_linear")
     for gate in CUDA_GATES:
         if architecture in gate.matmuls:
-            args = launcher.arguments(*arguments(40, 300, 64, 4 if "_w4_" in gate.kernel else 8, gap=0))
-            problem = launcher.problem(args[0].new_empty(40, 300), *args)
-            launch = launcher.plan(problem, architecture, 132, gate.kernel)
-            static = library(architecture)[gate.kernel].shared
-            assert 0 < launch.shared_bytes + static <= SHARED_KIB[architecture] * 1024 + 1024 * (architecture >= 90)
+            launch, code = planned(gate.kernel, architecture), library(architecture)[gate.kernel]
+            assert launch.kernel.decode() == gate.kernel
+            static = code.shared - 1024 * (architecture >= 90)  # which the system keeps of every block
+            assert 0 < launch.shared_bytes + static <= SHARED_KIB[architecture] * 1024
+            assert launch.block * code.registers <= 65536
 
 
 # ---- the checks can fail
