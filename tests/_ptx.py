@@ -43,7 +43,7 @@ def filled(template: str, parts: dict[str, str]) -> str:
 
 def execute(
     body: str, threads=32, grid=1, given=(0,), n=0, words=None, module="", shared=0, cluster=1, mode="write",
-    complete=True, tensor=None,
+    complete=True, tensor=None, dependent=False,
 ) -> np.ndarray:  # fmt: skip
     """Runs the body; returns the output, uint32.
 
@@ -59,7 +59,7 @@ def execute(
     if tensor is not None:
         params = params.ljust(64, b"\0") + tensor(source, out).encode()
     program = load(kernel(body, module, "" if tensor is None else ", .param .align 64 .b8 map[128]"), "kernel")
-    run(program, grid, threads, params, memory, shared=shared, cluster=cluster, complete=complete)
+    run(program, grid, threads, params, memory, shared=shared, cluster=cluster, complete=complete, dependent=dependent)
     return memory["out"].view(np.uint32)
 
 

@@ -346,12 +346,16 @@ def test_an_mbarrier_of_the_other_block():
     mad.lo.u32 %r22, %r1, 4, %r20; mov.u32 %r10, 0; @!%p4 bra READ; mapa.shared::cluster.u32 %r23, %r22, 0;
     add.u32 %r5, %r1, 100; st.shared::cluster.u32 [%r23], %r5; mapa.shared::cluster.u32 %r24, %r21, 0;
     mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r24]; bra END; READ: """
+    unread = body + "END: "
     body += wait(0).replace("try_wait.parity", "try_wait.parity.acquire.cluster") + "ld.shared.u32 %r10, [%r22]; END: "
     store = "mov.u32 %r4, %ctaid.x; mad.lo.u32 %r4, %r4, 64, %r1; mad.wide.u32 %d3, %r4, 4, %d1;" + STORE
     last = "barrier.cluster.arrive; barrier.cluster.wait;"
     options = {"threads": 64, "grid": 2, "cluster": 2, "module": TILE}
     expected = np.concatenate([lanes(64) + 100, 0 * lanes(64)])
     assert np.array_equal(execute(body + store + last, **options), expected)
+    assert np.array_equal(execute(body + store, **options), expected), "block 0 ends after all has come"
+    with pytest.raises(Fault, match=r"block 0 (of the cluster, which has|may have) ended"):
+        execute(unread + store, **options)
     relaxed = body.replace("barrier.cluster.arrive;", "barrier.cluster.arrive.relaxed;")  # the fence releases the init
     assert np.array_equal(execute(relaxed + store + last, **options), expected)
     with pytest.raises(Fault, match="used without a barrier behind its init"):

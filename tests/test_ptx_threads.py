@@ -212,6 +212,9 @@ def test_a_cluster_reads_its_other_block(read, threads):
     with pytest.raises(Fault, match=r"race|nothing has written"):
         body = filled(CLUSTER, {"before": "", "read": READS[read], "after": MEET})
         execute(body + STORE, threads=threads, grid=2, cluster=2, n=threads, module=SHARED, shared=4 * threads)
+    with pytest.raises(Fault, match=r"block \d (of the cluster, which has|may have) ended"):
+        body = filled(CLUSTER, {"before": MEET, "read": READS[read], "after": ""})
+        execute(body + STORE, threads=threads, grid=2, cluster=2, n=threads, module=SHARED, shared=4 * threads)
 
 
 def test_the_cluster_is_what_the_registers_say():
@@ -223,6 +226,19 @@ def test_the_cluster_is_what_the_registers_say():
     assert out.tolist() == [i % 2 | 2 << 4 | (i // 2) << 8 for i in range(6)]
     with pytest.raises(ValueError, match="no multiple of clusters"):
         execute(body + STORE, threads=1, grid=3, cluster=2)
+
+
+ACCESSES = ("ld.global.u32 %r10, [%d0]; {wait}", "mov.u32 %r10, 7; st.global.u32 [%d3], %r10; {wait}")
+
+
+@pytest.mark.parametrize("access", ACCESSES)
+def test_a_dependent_launch_awaits_the_one_before(access):
+    body = "griddepcontrol.launch_dependents; {wait} " + access
+    for text, dependent in ((body.replace("{wait}", "griddepcontrol.wait;", 1), True), (body, False)):
+        assert execute(filled(text, {"wait": ""}) + STORE, given=(7,), dependent=dependent).tolist() == [7] * 32
+    with pytest.raises(Fault, match=r"global memory before griddepcontrol\.wait"):
+        late = body.replace("{wait}", "", 1)
+        execute(filled(late, {"wait": "griddepcontrol.wait;"}) + STORE, given=(7,), dependent=True)
 
 
 FLAG = """mov.u32 %r20, tile; setp.ne.u32 %p0, %r1, {setter}; setp.eq.u32 %p2, %r1, 0; @%p2 st.shared.u32 [%r20+4], 0;

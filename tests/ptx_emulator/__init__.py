@@ -6,14 +6,15 @@
     run(load(ptx, "kernel"), grid=2, block=128, params=struct.pack("<QQi", x, y, 100), memory=memory)
     memory["y"].view(np.float32)
 
-All threads of a block run, with their divergence and barriers; the blocks of a cluster run together, clusters one after
-another. Found and reported as Fault, with kernel, block, thread and line: accesses out of bounds or misaligned, in
-global, shared and local memory; reads of shared memory nothing has written; races on shared memory, asynchronous copies
-and tensor cores included; results of wgmma used before they were waited for; copies nobody waited for; deadlocks, and
-blocks that do not end; illegal metadata of sparse products; writes to read-only arguments; two threads writing one
-byte; bytes of outputs nobody wrote. An instruction, or a form of one, that is not known raises NotEmulated when the
-kernel is loaded. Not seen: races on global memory but for two writers, and a byte that one lane reads and another lane
-of its warp overwrites with no barrier between.
+All threads of a block run, with their divergence and barriers; the blocks of a cluster run together, clusters one
+after another. Found and reported as Fault, with kernel, block, thread and line: accesses out of bounds or misaligned,
+in global, shared and local memory; reads of shared memory nothing has written; races on shared memory, asynchronous
+copies and tensor cores included; results of wgmma used before they were waited for; copies nobody waited for;
+deadlocks, and blocks that do not end; a block of a cluster that ends while others still use its shared memory; global
+memory before a dependent launch has awaited the one before; illegal metadata of sparse products; writes to read-only
+arguments; two threads writing one byte; bytes of outputs nobody wrote. An instruction, or a form of one, that is not
+known raises NotEmulated when the kernel is loaded. Not seen: races on global memory but for two writers, and a byte
+that one lane reads and another lane of its warp overwrites with no barrier between.
 
 Timing is not modelled: what a kernel does in one order it must, by its barriers, do in every order, and that is what is
 checked. Float results of matrix products are rounded once, where hardware has an order and a precision of its own.

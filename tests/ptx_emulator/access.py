@@ -46,9 +46,9 @@ def read_bytes(g, ins, where: str, addresses: np.ndarray, nbytes: int) -> np.nda
     """Bytes (threads, nbytes)."""
     where, addresses = resolve(ins, where, addresses)
     if where in ("global", "const"):
-        return g.cta.machine.memory.read(addresses, nbytes)
+        return g.cta.memory.read(addresses, nbytes)
     if where == "shared":
-        return each_block(g, addresses, lambda part, cta, at: cta.shared.read(
+        return each_block(g, ins, addresses, lambda part, cta, at: cta.shared.read(
             cta.shared.locate(at, nbytes, "read"), g.warps[part], g.cluster_threads[part], ins.line,
             strong=strength(ins),
         ), nbytes)  # fmt: skip
@@ -79,7 +79,7 @@ def _inside(addresses, nbytes: int, what: str, size: int) -> np.ndarray:
     return at
 
 
-def each_block(g, addresses: np.ndarray, access, nbytes: int = 0):
+def each_block(g, ins, addresses: np.ndarray, access, nbytes: int = 0):
     """access(indices of threads, block, addresses there) for every block of the cluster that is addressed."""
     ranks = (addresses >> np.uint64(BLOCK_SHIFT)).astype(np.int64)
     inside = addresses & np.uint64((1 << BLOCK_SHIFT) - 1)
@@ -97,6 +97,8 @@ def each_block(g, addresses: np.ndarray, access, nbytes: int = 0):
             found = access(part, cta, inside[part])
         except BadAccess as bad:
             raise BadAccess(int(part[bad.lane]), bad.reason) from None
+        for warp in np.unique(g.warps[part]) if cta is not g.cta else ():
+            cta.reached[int(warp)] = int(g.cta.clocks.clock[warp, warp]), g.among(g.warps == warp), ins
         if nbytes:
             out[part] = found
     return out
@@ -107,9 +109,9 @@ def write_bytes(g, ins, where: str, addresses: np.ndarray, data: np.ndarray) -> 
     where, addresses = resolve(ins, where, addresses)
     if where == "global":
         cta = g.cta
-        g.cta.machine.memory.write(addresses, data, g.threads + cta.index * cta.machine.threads)
+        g.cta.memory.write(addresses, data, g.threads + cta.index * cta.machine.threads)
     elif where == "shared":
-        each_block(g, addresses, lambda part, cta, at: cta.shared.write(
+        each_block(g, ins, addresses, lambda part, cta, at: cta.shared.write(
             cta.shared.locate(at, nbytes, "write"), data[part], g.warps[part], g.cluster_threads[part], ins.line,
             strong=strength(ins),
         ))  # fmt: skip
@@ -183,7 +185,7 @@ def atomic(ins, program):
             raise NotEmulated(ins.line, ins.text, "atomics on shared memory")
         args = [np.broadcast_to(np.asarray(v(g), dtype), addresses.shape) for v in values]
         old = np.empty(len(addresses), dtype)
-        memory = g.cta.machine.memory
+        memory = g.cta.memory
         exclusive, memory.exclusive = memory.exclusive, False
         for i in range(len(addresses)):
             one = g.among(g.threads == g.threads[i])

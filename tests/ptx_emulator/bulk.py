@@ -54,7 +54,7 @@ def _map_of(g, address: int) -> TensorMap:
         at = address - PARAM_WINDOW
         blob = g.cta.machine.params[at : at + 128].tobytes()
     elif space == "global":
-        blob = g.cta.machine.memory.read(where + np.arange(0, 128, 16, dtype=np.uint64), 16).tobytes()
+        blob = g.cta.memory.read(where + np.arange(0, 128, 16, dtype=np.uint64), 16).tobytes()
     else:
         raise BadAccess(0, f"a tensor map in {space} memory")
     try:
@@ -81,7 +81,7 @@ def _fetch(g, tensor: TensorMap, coordinates: list[int]) -> np.ndarray:
     address, inside = _box(tensor, coordinates)
     data = np.zeros(len(address), np.uint8)
     if inside.any():
-        data[inside] = g.cta.machine.memory.read(address[inside].astype(np.uint64), 1)[:, 0]
+        data[inside] = g.cta.memory.read(address[inside].astype(np.uint64), 1)[:, 0]
     return data
 
 
@@ -172,7 +172,7 @@ def _out_of_shared(ins, program, tensor: bool):
     source = addresses_of(program, ins.operands[1], ins)
 
     def step(g):
-        n, clocks, memory = len(g.threads), g.cta.clocks, g.cta.machine.memory
+        n, clocks, memory = len(g.threads), g.cta.clocks, g.cta.memory
         for lane in range(n):
             warp, swizzle, align = int(g.warps[lane]), 0, 16
             if tensor:

@@ -63,10 +63,10 @@ def cp(ins, program):
             try:
                 check_alignment(addresses[some], nbytes, "global read")
                 if int(count) == nbytes:
-                    data[some] = g.cta.machine.memory.read(addresses[some], nbytes)
+                    data[some] = g.cta.memory.read(addresses[some], nbytes)
                 else:
                     for byte in range(int(count)):
-                        data[some, byte] = g.cta.machine.memory.read(addresses[some] + np.uint64(byte), 1)[:, 0]
+                        data[some, byte] = g.cta.memory.read(addresses[some] + np.uint64(byte), 1)[:, 0]
             except BadAccess as bad:
                 raise BadAccess(int(some[bad.lane]), bad.reason) from None
         shared, clocks = g.cta.shared, g.cta.clocks

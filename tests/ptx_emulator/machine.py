@@ -76,9 +76,18 @@ class Cta:
         self.copies: dict = {}  # of cp.async, by warp: see copies.py
         self.copy_groups = np.zeros(T, np.int64)  # of cp.async that every thread has committed
         self.bulk_groups: dict = {}  # of bulk stores, by thread: see bulk.py
+        self.reached: dict[int, tuple] = {}  # by warps of other blocks: their clock then, the group, the instruction
+        self.awaited = not machine.dependent
         self.position_now = 0
         self.turns = 0
         self.exits = 0  # how often threads have left
+
+    @property
+    def memory(self) -> Memory:
+        """Global memory. Of a dependent launch the one before may still write there, until a thread has awaited it."""
+        if not self.awaited:
+            raise BadAccess(0, "global memory before griddepcontrol.wait, in a dependent launch")
+        return self.machine.memory
 
     def wake(self) -> None:
         left = []
@@ -170,16 +179,17 @@ class Machine:
     params         the bytes of the parameters, laid out as the entry has them
     shared         bytes of dynamic shared memory
     complete       every byte of "write" allocations must be written
+    dependent      a programmatic dependent launch: the one before has not ended until griddepcontrol.wait says so
     held_operands  a wgmma's A registers may not be written before it is waited for. The PTX ISA says so. Triton leaves
                    it to the assembler, which keeps the old value in another register, or puts a wait there.
     """
 
     def __init__(
         self, program: Program, grid, block, params: bytes, memory: Memory, shared: int = 0, cluster: int = 1,
-        complete: bool = True, held_operands: bool = True,
+        complete: bool = True, held_operands: bool = True, dependent: bool = False,
     ):  # fmt: skip
         self.program, self.memory, self.shared_bytes, self.cluster = program, memory, shared, cluster
-        self.complete, self.held_operands = complete, held_operands
+        self.complete, self.held_operands, self.dependent = complete, held_operands, dependent
         self.grid, self.block = ((*n, 1, 1)[:3] if isinstance(n, tuple) else (n, 1, 1) for n in (grid, block))
         self.threads = int(np.prod(self.block))
         if len(params) != program.param_bytes:
@@ -233,6 +243,10 @@ class Machine:
                 who.fault(ins, "the block ends without a wait for this copy out of its shared memory", 0)
             for copy in (c for waiting in cta.copies.values() for c in waiting):
                 Group(cta, copy.threads[:1]).fault(copy.ins, "the block ends without a wait for this copy", 0)
+            last = cta.first_warp + warps // self.cluster
+            for warp, (clock, who, ins) in cta.reached.items():
+                if clocks.clock[cta.first_warp : last, warp].max() < clock:
+                    who.fault(ins, f"block {cta.index} may have ended before this reaches its shared memory", 0)
         for agent, (clock, who, ins) in clocks.copied.items():
             if clocks.clock[:warps, agent].max() < clock:
                 who.fault(ins, "the block ends without a wait for this copy", 0)

@@ -156,8 +156,11 @@ def _arrive(ins, program, op):
                 if barrier.pending < 0:
                     text = f"the mbarrier at shared byte {offset} gets more than its {barrier.count} arrivals"
                     raise BadAccess(lane, f"{text} in a phase")
+                warp = int(g.warps[lane])
+                if not relaxed and cta is not g.cta:
+                    cta.reached[warp] = int(knows[warp][0][warp]), g.among(g.threads == g.threads[lane]), ins
                 if not relaxed:
-                    barrier.knows = merge(barrier.knows, knows[int(g.warps[lane])])
+                    barrier.knows = merge(barrier.knows, knows[warp])
             barrier.settle()
         if write is not None:
             write(g, state)

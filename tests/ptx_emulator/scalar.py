@@ -328,17 +328,27 @@ def branch(ins, program):
 HINTS = {
     "nanosleep": {"u32"}, "prefetchu": {"L1"},
     "prefetch": {"global", "L1", "L2", "L2::evict_last", "L2::evict_normal", "tensormap", "param"},
-    "griddepcontrol": {"wait", "launch_dependents"}, "pmevent": {"mask"},
+    "pmevent": {"mask"},
     "setmaxnreg": {"inc", "dec", "sync", "aligned", "u32"}, "applypriority": {"global", "L2::evict_normal"},
 }  # fmt: skip
 
 
 @handles(*HINTS)
 def nothing(ins, program):
-    """Hints; of griddepcontrol because one launch runs alone."""
     if set(ins.mods) - HINTS[ins.opcode]:
         raise NotEmulated(ins.line, ins.text)
     return lambda g: None
+
+
+@handles("griddepcontrol")
+def dependency(ins, program):
+    if ins.mods not in (("wait",), ("launch_dependents",)):
+        raise NotEmulated(ins.line, ins.text)
+
+    def wait(g):
+        g.cta.awaited = True
+
+    return wait if ins.mods == ("wait",) else lambda g: None
 
 
 @handles("createpolicy")
