@@ -1,4 +1,4 @@
-"""The CUDA kernels of lowbit_linear: the PTX that the library carries, run on the CPU against the reference, bit for bit.
+"""The CUDA kernels of lowbit_linear: the PTX that the library carries, run on the CPU, gives the reference's bits.
 
 Every launch is planned as for a GPU, of two multiprocessors, so that the blocks of the persistent kernels take several
 tiles. The emulator faults on whatever a GPU leaves undefined; planted bugs show that it does, and where it points to.
@@ -98,6 +98,7 @@ def test_identity_returns_the_weight():
 # ---- planted bugs: one edit of the PTX each, and what is said about it
 
 AMPERE, HOPPER = "lowbit_linear_sm80_w4_64x32", "lowbit_linear_sm90_w4_128x32"
+CLUSTERS = "lowbit_linear_sm90_w4_128x128"  # of two blocks
 WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[%r\d+\], %r\d+;"
 ARRIVE = r"@p mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];"
 NO_WAIT = "setp.eq.s32 p, 0, 0;"
@@ -136,6 +137,14 @@ BUGS = {
     "no fence before a product": (
         HOPPER, r"wgmma\.fence\.sync\.aligned;", "", 0, "no wgmma.fence before the first wgmma", "WGMMA|multiply"),
     "a descriptor of the wrong inputs": (HOPPER, "4611686293305294848", "4611686293305294850", 0, VALUES, None),
+    "the launch before is not awaited": (
+        HOPPER, r"griddepcontrol\.wait;", "", 0, "global memory before griddepcontrol.wait", "tma_load"),
+    "weights for one block of the cluster": (
+        CLUSTERS, r"(multicast::cluster[^;]*), %rs\d+;", r"\1, 1;", 0, "deadlock: ", "mbarrier_wait"),
+    "a stage given back to the own block alone": (
+        CLUSTERS, r"(mapa[^;]*, )%r\d+;", r"\g<1>0;", 0, "deadlock: |more than its", "mbarrier_wait|arrive"),
+    "a block ends while its neighbour arrives there": (
+        CLUSTERS, WAIT, NO_WAIT, -1, "block 0 may have ended before this reaches", "arrive"),
 }  # fmt: skip
 
 
