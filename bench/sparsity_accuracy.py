@@ -32,8 +32,8 @@ from pyvit_accel.sparsity import Pruned, prune
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
 LAYERS = ("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc1", "blocks.*.mlp.fc2")
 BATCH = 10
-PERMUTED = "SparseGPT, permutation, bias"
-BAR = 0.5  # of what magnitude loses, that PERMUTED may lose
+BEST = "SparseGPT, permutation, bias, token weights"
+BAR = 0.5  # of what magnitude loses, that BEST may lose
 SHARES = (0.25, 0.5, 0.75)  # of the layers, on the curve
 HEADER = ("model", "method", "layers", "images", "top-1", "lost", "+-", "same", "logit error", "kept", "output error")
 
@@ -47,14 +47,15 @@ class Method:
     calibrated: bool = True
     permute: bool = False
     correct_bias: bool = False
+    weigh_tokens: bool = False
 
 
 METHODS = (
     Method("magnitude", "magnitude", calibrated=False),
     Method("Wanda", "wanda"),
     Method("SparseGPT", "sparsegpt"),
-    Method("SparseGPT, bias", "sparsegpt", correct_bias=True),
-    Method(PERMUTED, "sparsegpt", permute=True, correct_bias=True),
+    Method("SparseGPT, permutation", "sparsegpt", permute=True),
+    Method(BEST, "sparsegpt", permute=True, correct_bias=True, weigh_tokens=True),
 )
 CURVE = (METHODS[0], METHODS[-1])
 
@@ -118,7 +119,7 @@ def pruned(
     sparse, start = deepcopy(model), time.perf_counter()
     found = prune(
         sparse, layers, batches if method.calibrated else (), method.method,
-        permute=method.permute, correct_bias=method.correct_bias, progress=progress,
+        permute=method.permute, correct_bias=method.correct_bias, weigh_tokens=method.weigh_tokens, progress=progress,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     row = summary(predict(sparse, pixels), exact, labels, found)
@@ -158,8 +159,8 @@ def verdicts(rows: list[dict]) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         whole = {row["method"]: row for row in mine if row["layers"] == max(r["layers"] for r in mine)}
-        if {METHODS[0].name, PERMUTED} <= set(whole):
-            simple, best = (100 * whole[name]["lost"] for name in (METHODS[0].name, PERMUTED))
+        if {METHODS[0].name, BEST} <= set(whole):
+            simple, best = (100 * whole[name]["lost"] for name in (METHODS[0].name, BEST))
             said = "less" if best < BAR * simple else "NOT less"
             lines.append(f"{model}: {best:.2f} points lost, magnitude {simple:.2f}: {said} than half")
     return lines

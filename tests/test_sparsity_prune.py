@@ -14,6 +14,7 @@ from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import sparse24
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig
 from pyvit_accel.sparsity import Moments, prune
+from pyvit_accel.sparsity.stream import Stream
 
 LAYERS = ["blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc?"]
 
@@ -131,7 +132,8 @@ def test_the_reported_error_is_the_layer_s(vit, images):
     """Of the first block, which sees the same inputs in both: measured at its outputs."""
     for correct in (False, True):
         other, outputs = deepcopy(vit), []
-        found = {one.name: one for one in prune(other, LAYERS, [images], "wanda", correct_bias=correct)}
+        report = prune(other, LAYERS, [images], "wanda", correct_bias=correct, weigh_tokens=False)
+        found = {one.name: one for one in report}
         x = vit.blocks[0].norm1(_tokens(vit, images))
         for model in (vit, other):
             qkv = model.blocks[0].attn.qkv
@@ -152,16 +154,46 @@ def _tokens(model, images):
 
 def test_sequential_sees_the_pruned_network(vit, images):
     """Blocks later than the first are calibrated on what the pruned ones give; run from the start it is the same."""
-    chained, whole, apart = deepcopy(vit), deepcopy(vit), deepcopy(vit)
+    chained, whole, apart, one = (deepcopy(vit) for _ in range(4))
     batches = list(images.split(6))
     prune(chained, LAYERS, batches)
     prune(whole, LAYERS, batches, sequential=False)
+    prune(one, LAYERS, batches, weigh_tokens=False)
     for i in range(3):
         prune(apart, f"blocks.{i}.*", batches)
     for name, parameter in chained.named_parameters():
         assert torch.allclose(parameter, apart.get_parameter(name), atol=1e-6)
-    assert torch.equal(chained.blocks[0].mlp.fc2.weight, whole.blocks[0].mlp.fc2.weight)
-    assert not torch.allclose(chained.blocks[1].mlp.fc2.weight, whole.blocks[1].mlp.fc2.weight, atol=1e-3)
+    assert torch.equal(one.blocks[0].mlp.fc2.weight, whole.blocks[0].mlp.fc2.weight)
+    assert not torch.allclose(one.blocks[1].mlp.fc2.weight, whole.blocks[1].mlp.fc2.weight, atol=1e-3)
+
+
+def test_blocks_without_a_layer_are_run_through(vit, images):
+    """Those in between hand on what the pruned ones before them give."""
+    some, apart = deepcopy(vit), deepcopy(vit)
+    prune(some, ["blocks.0.mlp.fc2", "blocks.2.mlp.fc2"], [images])
+    for i in (0, 2):
+        prune(apart, f"blocks.{i}.mlp.fc2", [images])
+    for name, parameter in some.named_parameters():
+        assert torch.allclose(parameter, apart.get_parameter(name), atol=1e-6)
+    assert torch.equal(some.blocks[1].mlp.fc2.weight, vit.blocks[1].mlp.fc2.weight)
+
+
+def test_tokens_count_by_what_their_error_does(vit, images):
+    """The moments of fc1 count the first token more; those of proj and fc2 divide by the variance of the stream too."""
+    seen = {}
+    for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
+        layer = vit.blocks[1].get_submodule(name)
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, args[0]))
+    vit.blocks[1].register_forward_hook(lambda module, args, y: seen.setdefault("stream", y))
+    vit(images)
+    tokens = torch.ones(12, 17)
+    tokens[:, 0] = 0.15 * 17
+    names = [f"blocks.1.{name}" for name in ("attn.proj", "mlp.fc1", "mlp.fc2")]
+    found = Stream(vit, [images], names, True, True).moments("blocks.1", names)
+    for name in names:
+        importance = tokens if name.endswith("fc1") else tokens / seen["stream"].var(-1, correction=0)
+        expected = Moments.of(seen[name.removeprefix("blocks.1.")], importance)
+        assert torch.allclose(found[name].gram, expected.gram, rtol=1e-4, atol=1e-6)
 
 
 class Pairs(nn.Module):

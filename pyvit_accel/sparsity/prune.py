@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.sparsity import masks
-from pyvit_accel.sparsity.moments import Moments, Sums, calls, hooked
+from pyvit_accel.sparsity.moments import Moments
 from pyvit_accel.sparsity.permute import pair_of
 from pyvit_accel.sparsity.sparsegpt import sparsegpt
+from pyvit_accel.sparsity.stream import Stream
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -55,6 +55,7 @@ def prune(
     permute: bool = False,
     sequential: bool = True,
     correct_bias: bool = True,
+    weigh_tokens: bool = True,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> list[Pruned]:
     """Prune the linears whose dotted names match `layers` (globs), in place; one Pruned for each, in their order.
@@ -64,6 +65,7 @@ def prune(
     sequential    a group of layers (those of one block) is calibrated on what the pruned groups before it give; False:
                   all of them on the float model, in one pass
     correct_bias  the bias takes up the mean of the error, so that sparsegpt minds its variance alone
+    weigh_tokens  tokens count by what an error in them does (stream.py), where a block is calibrated after the other
     progress      progress(groups, label) iterates the groups
 
     Raises ValueError for a method or name that is not known and for weights that are not finite, naming the layer;
@@ -77,15 +79,13 @@ def prune(
         raise ValueError(f"prune: {method} needs calibration batches; magnitude alone does without")
     for name in names:
         _check_finite(model.get_submodule(name).weight, name)
-    groups = [list(group) for _, group in groupby(names, _block)] if sequential and batches else [names]
-    stream = _Stream(model, batches, groups) if batches else None
+    stream = Stream(model, batches, names, sequential, weigh_tokens)
     found: list[Pruned] = []
-    for group in groups if progress is None else progress(groups, method):
-        moments = stream.moments(group) if stream else {}
+    for block, group in stream.groups if progress is None else progress(stream.groups, method):
+        moments = stream.moments(block, group) if batches else {}
         for name in group:
             found.append(_prune_layer(model, name, moments, method, permute, correct_bias))
-        if stream:
-            stream.advance(group)
+        stream.advance(block)
     return found
 
 
@@ -146,69 +146,3 @@ def _matching(model: nn.Module, patterns: list[str]) -> list[str]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"prune: {pattern!r} matches no Linear of the model; they are {', '.join(names[:8])} ...")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def _block(name: str) -> str:
-    """The dotted name up to the first part that ends in a digit: "blocks.3" of "blocks.3.mlp.fc1"; else all of it."""
-    parts = name.split(".")
-    ends = [i for i, part in enumerate(parts[:-1]) if part[-1:].isdigit()]
-    return ".".join(parts[: ends[0] + 1]) if ends else name
-
-
-class _Stream:
-    """Runs the batches as far as needed. Where the blocks are a chain, each is run on what the one before it gave: two
-    passes over the model in all. Else the model is run from its start for each of them."""
-
-    def __init__(self, model: nn.Module, batches: list, groups: list[list[str]]) -> None:
-        self.model, self.batches, self.chain = model, batches, len(groups) > 1
-        self.inputs: list[tuple[tuple, dict]] = []
-        if not self.chain:
-            return
-        modules = [model.get_submodule(_block(group[0])) for group in groups]
-        missed = {model.get_submodule(name): name for group in groups for name in group}
-        last: list = [None]
-
-        def enter(module, args, kwargs):
-            if module is modules[0]:
-                self.inputs.append((args, kwargs))
-            elif not args or args[0] is not last[0]:
-                self.chain = False
-
-        def leave(module, args, output):
-            last[0] = _first(output)
-
-        def reach(module, args):
-            missed.pop(module, None)
-
-        handles = [module.register_forward_hook(leave) for module in modules]
-        handles += [layer.register_forward_pre_hook(reach) for layer in missed]
-        with hooked(dict.fromkeys(modules, enter)):
-            for args, kwargs in calls(model, batches):
-                last[0] = None
-                model(*args, **kwargs)
-        for handle in handles:
-            handle.remove()
-        for name in missed.values():  # before anything is changed
-            raise Unsupported(f"no calibration batch reached {name}; it has no statistics")
-        self.chain = self.chain and len(self.inputs) == len(batches) and all(args for args, _ in self.inputs)
-
-    def moments(self, group: list[str]) -> dict[str, Moments]:
-        sums = {name: Sums() for name in group}
-
-        def hook_of(name: str):
-            return lambda module, args, kwargs: sums[name].add(args[0] if args else next(iter(kwargs.values())))
-
-        with hooked({self.model.get_submodule(name): hook_of(name) for name in group}):
-            module = self.model.get_submodule(_block(group[0])) if self.chain else self.model
-            for args, kwargs in self.inputs if self.chain else calls(self.model, self.batches):
-                module(*args, **kwargs)
-        return {name: found.result(name) for name, found in sums.items()}
-
-    def advance(self, group: list[str]) -> None:
-        if self.chain:
-            block = self.model.get_submodule(_block(group[0]))
-            self.inputs = [((_first(block(*args, **kwargs)), *args[1:]), kwargs) for args, kwargs in self.inputs]
-
-
-def _first(output):
-    return output[0] if isinstance(output, (tuple, list)) else output
