@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, permutations, product
+from itertools import combinations, pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -128,6 +128,25 @@ def test_sparsegpt_makes_good_what_goes():
     assert errors["sparsegpt"] == pytest.approx(exact, rel=1e-3)
     white = sparsity.sparsegpt(w, torch.eye(64))
     assert torch.allclose(white, w * sparsity.magnitude(w), atol=1e-5)
+
+
+def test_refit_is_the_least_squares_of_what_is_kept():
+    w, x = torch.randn(6, 24), torch.randn(500, 24) @ (torch.eye(24) + torch.randn(24, 24) / 5)
+    mask, gram = sparsity.magnitude(w), x.T @ x / 500
+    found = sparsity.refit(w, mask, gram, steps=24, damping=0.0)
+    assert not found[~mask].any()
+    for n in range(6):
+        kept = mask[n].numpy()
+        truth = np.linalg.lstsq(x.numpy()[:, kept], (x @ w[n]).numpy(), rcond=None)[0]
+        assert np.abs(found[n].numpy()[kept] - truth).max() < 1e-4
+    errors, moments = [], Moments.of(x)
+    for steps in (0, 1, 2, 4, 8, 16, 300):
+        start = sparsity.sparsegpt(w, gram)
+        errors.append(sparsity.output_error(w, sparsity.refit(w, start != 0, gram, start, steps, 0.0), moments))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors)) and errors[-1] < errors[0]
+    assert not sparsity.refit(w, mask, torch.zeros(24, 24), torch.zeros(6, 24)).isnan().any()
+    with pytest.raises(ValueError, match="do not fit"):
+        sparsity.refit(w, mask, gram[:8, :8])
 
 
 def test_sparsegpt_of_inputs_never_seen():

@@ -20,7 +20,7 @@ from pyvit_accel.sparsity.masks import kept_energy, largest_two, magnitude, tran
 from pyvit_accel.sparsity.moments import Moments, observe
 from pyvit_accel.sparsity.permute import Pair, Permutation, fold_hidden, fold_values, pair_of, search
 from pyvit_accel.sparsity.prune import METHODS, Pruned, output_error, prune
-from pyvit_accel.sparsity.sparsegpt import sparsegpt
+from pyvit_accel.sparsity.sparsegpt import refit, sparsegpt
 
 __all__ = [
     "METHODS",
@@ -40,6 +40,7 @@ __all__ = [
     "output_error",
     "pair_of",
     "prune",
+    "refit",
     "search",
     "sparsegpt",
     "transposable",

@@ -20,7 +20,7 @@ from pyvit_accel.errors import Unsupported
 from pyvit_accel.sparsity import masks
 from pyvit_accel.sparsity.moments import Moments
 from pyvit_accel.sparsity.permute import pair_of
-from pyvit_accel.sparsity.sparsegpt import sparsegpt
+from pyvit_accel.sparsity.sparsegpt import refit, sparsegpt
 from pyvit_accel.sparsity.stream import Stream
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -56,6 +56,7 @@ def prune(
     sequential: bool = True,
     correct_bias: bool = True,
     weigh_tokens: bool = True,
+    refits: bool = True,
     progress: Callable[[Iterable, str], Iterable] | None = None,
 ) -> list[Pruned]:
     """Prune the linears whose dotted names match `layers` (globs), in place; one Pruned for each, in their order.
@@ -66,6 +67,7 @@ def prune(
                   all of them on the float model, in one pass
     correct_bias  the bias takes up the mean of the error, so that sparsegpt minds its variance alone
     weigh_tokens  tokens count by what an error in them does (stream.py), where a block is calibrated after the other
+    refits        sparsegpt's values are fitted once more, all that are kept together (sparsegpt.refit)
     progress      progress(groups, label) iterates the groups
 
     Raises ValueError for a method or name that is not known and for weights that are not finite, naming the layer;
@@ -84,7 +86,7 @@ def prune(
     for block, group in stream.groups if progress is None else progress(stream.groups, method):
         moments = stream.moments(block, group) if batches else {}
         for name in group:
-            found.append(_prune_layer(model, name, moments, method, permute, correct_bias))
+            found.append(_prune_layer(model, name, moments, method, permute, correct_bias, refits))
         stream.advance(block)
     return found
 
@@ -98,7 +100,13 @@ def output_error(w: Tensor, new: Tensor, moments: Moments, centred: bool = False
 
 
 def _prune_layer(
-    model: nn.Module, name: str, moments: dict[str, Moments], method: str, permute: bool, correct_bias: bool
+    model: nn.Module,
+    name: str,
+    moments: dict[str, Moments],
+    method: str,
+    permute: bool,
+    correct_bias: bool,
+    refits: bool,
 ) -> Pruned:
     layer = model.get_submodule(name)
     seen, permuted, reason = moments.get(name), None, ""
@@ -114,8 +122,11 @@ def _prune_layer(
             seen = None if seen is None else seen.permuted(found.order)
     w, centred = layer.weight.detach().float().clone(), correct_bias and layer.bias is not None and seen is not None
     if method == "sparsegpt":
-        new = sparsegpt(w, seen.centred if centred else seen.gram)
+        gram = seen.centred if centred else seen.gram
+        new = sparsegpt(w, gram)
         mask = new != 0
+        if refits:
+            new = refit(w, mask, gram, new)
     else:
         mask = masks.largest_two(_score(w, seen, method))
         new = w * mask

@@ -5,7 +5,8 @@
 With U upper triangular, U^T U the inverse of the damped G: at the first column of a chunk the two of its columns with
 the largest (w / U_kk)^2 are kept, w as compensated so far; then for every column k that goes, w_k / U_kk U_k,k+1.. is
 taken off the columns behind it. In blocks of columns, so that most of the work is matrix products.
-Frantar and Alistarh, SparseGPT, arXiv:2301.00774.
+Frantar and Alistarh, SparseGPT, arXiv:2301.00774. There a column answers only for those before it; refit lets all that
+are kept answer for all that went, by conjugate gradients as in Meng et al., ALPS, arXiv:2406.07831.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from pyvit_accel.sparsity.masks import CHUNK, largest_two
 
 DAMPING = 0.01  # of the mean of diag G, added to it
+STEPS = 32  # of refit
 BLOCK = 128  # columns, a multiple of CHUNK
 
 
@@ -51,6 +53,35 @@ def sparsegpt(w: Tensor, gram: Tensor, mask: Tensor | None = None, damping: floa
             errors[:, k - start] = (w[:, k] - found[:, k]) / factor[k, k]
             w[:, k + 1 : stop] -= errors[:, k - start, None] * factor[k, k + 1 : stop]
         w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return found
+
+
+def refit(
+    w: Tensor, mask: Tensor, gram: Tensor, start: Tensor | None = None, steps: int = STEPS, damping: float = DAMPING
+) -> Tensor:
+    """What (N, K) float32, zero outside of mask, with the least tr((W - What) G (W - What)^T) of the damped G: so many
+    steps of preconditioned conjugate gradients from `start` (w when None) * mask, for all rows at once. No step errs
+    more than the one before. Raises ValueError for shapes that differ."""
+    K = w.shape[1]
+    if not (gram.shape == (K, K) and mask.shape == w.shape == (w if start is None else start).shape):
+        raise ValueError(f"refit: w {tuple(w.shape)}, mask {tuple(mask.shape)}, gram {tuple(gram.shape)} do not fit")
+    w, gram = w.detach().float(), gram.float()
+    diagonal = gram.diagonal()
+    added = damping * diagonal.mean() if bool(diagonal.any()) else 1.0
+    gram = gram + added * torch.eye(K, device=gram.device)
+    scale, tiny = 1 / gram.diagonal(), torch.finfo(torch.float32).tiny
+    found = (w if start is None else start.detach().float()) * mask
+    left = ((w - found) @ gram) * mask
+    step = left * scale
+    size = (left * step).sum(1, keepdim=True)
+    for _ in range(steps):
+        change = (step @ gram) * mask
+        length = size / (step * change).sum(1, keepdim=True).clamp(min=tiny)
+        found = found + length * step
+        left = left - length * change
+        ahead = left * scale
+        size, before = (left * ahead).sum(1, keepdim=True), size
+        step = ahead + size / before.clamp(min=tiny) * step
     return found
 
 
