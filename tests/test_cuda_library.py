@@ -134,6 +134,8 @@ WRONG = {
     "M=4, N=0, K=32; use 1 or more": {"N": 0},
     "M=4, N=16, K=131072; use 1 or more, and K up to 131071": {"K": 131072},
     "w_bits=5; these kernels have 4 and 8": {"w_bits": 5},
+    "K=70000, x_zero_point=-128; int32 sums of 8-bit weights are exact for K up to 65535": {
+        "K": 70000, "x_zero_point": -128},
     "w_scale is null": {"w_scale": None},
     "y is null": {"y": None},
     "x at 0x100008 with rows 32 bytes apart; use multiples of 16, at least 32 apart": {"x": (1 << 20) + 8},
@@ -152,6 +154,15 @@ WRONG = {
 def test_what_cannot_be_computed(text):
     with pytest.raises(ValueError, match="^lowbit_linear: .*" + re.escape(text)):
         launcher.plan(changed(problem(), **WRONG[text]), 80, 108, "lowbit_linear_sm80_w8_64x32")
+
+
+@needs_library
+def test_tokens_beyond_the_last_tile_are_counted_too():
+    """The last tile of a cluster ends up to two tiles beyond M; int32 holds all of its tokens."""
+    config = "lowbit_linear_sm90_w8_256x176"
+    launcher.plan(problem(2**31 - 1 - 4 * 176, 16, 32), 90, 132, config)
+    with pytest.raises(ValueError, match="more tiles of 256 x 176 than a grid has blocks"):
+        launcher.plan(problem(2**31 - 4 * 176, 16, 32), 90, 132, config)
 
 
 @needs_library
@@ -263,9 +274,19 @@ def test_arguments_are_made_fit():
     x = torch.ones(3, 64, dtype=torch.int8)[:, :48]
     again = launcher.arguments(x, w_scale[:1], w, w_scale, bias, 0, "none", None, None, None, 0, 8)
     assert again[0] is x and again[3] is w_scale and again[4] is bias
+    for rows in (x[:1].expand(3, 48), x.as_strided((3, 48), (16, 1))):  # tensor maps have no such strides
+        fit_rows = launcher.arguments(rows, w_scale[:1], w, w_scale, bias, 0, "none", None, None, None, 0, 8)[0]
+        assert fit_rows.stride() == (48, 1) and torch.equal(fit_rows, rows)
     of = launcher.problem(torch.empty(3, 20), *fit)
     assert (of.x_stride, of.K, of.w_bits) == (48, 37, 8)
     assert (of.epilogue.M, of.epilogue.N, of.epilogue.activation, of.epilogue.residual_stride) == (3, 20, 1, 20)
+
+
+def test_tensors_elsewhere_are_refused():
+    x, scale = torch.ones(3, 32, dtype=torch.int8), torch.ones(16)
+    w = torch.empty(packed_shape(16, 32), dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match=r"^lowbit_linear: x is on cpu, .* on meta; move them to"):
+        launcher.arguments(x, scale[:1], w, scale, None, 0, "none", None, None, None, 0, 8)
 
 
 def test_index_is_refused():
@@ -277,6 +298,7 @@ def test_the_owner_on_a_gpu(monkeypatch):
     """CUDA C++ on capability 9.0, for 4- and 8-bit weights and without an index; else the other launcher."""
     x, ran = torch.ones(2, 32, dtype=torch.int8), []
     monkeypatch.setattr(launcher, "lowbit_linear", lambda *args: ran.append("CUDA C++"))
+    monkeypatch.setattr(launcher, "_has_driver", lambda: True)
     launch = launcher.before(lambda *args: ran.append("Triton"))
     cases = [(90, 8, None, "CUDA C++"), (90, 4, None, "CUDA C++"), (90, 5, None, "Triton"), (90, 2, None, "Triton")]
     cases += [(90, 8, torch.zeros(1), "Triton"), (80, 8, None, "Triton"), (100, 4, None, "Triton")]
@@ -284,3 +306,7 @@ def test_the_owner_on_a_gpu(monkeypatch):
         monkeypatch.setattr(launcher, "_device", lambda _, capability=capability: (capability, 132))
         launch(x, None, torch.empty(packed_shape(16, 32, bits)), *[None] * 9, index)
         assert ran.pop() == owner, (capability, bits)
+    monkeypatch.setattr(launcher, "_device", lambda _: (90, 132))
+    monkeypatch.setattr(launcher, "_has_driver", lambda: False)
+    launch(x, None, torch.empty(packed_shape(16, 32)), *[None] * 9, None)
+    assert ran.pop() == "Triton", "the driver is older than the library"

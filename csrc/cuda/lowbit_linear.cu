@@ -5,6 +5,8 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <cstdlib>
 
 #include "epilogue_plan.h"
 
@@ -35,6 +37,10 @@ int check(const LowbitLinear& p) {
     return fail(ERROR_ARGUMENT, "lowbit_linear: M=%d, N=%d, K=%d; use 1 or more, and K up to %d", e.M, e.N, p.K, MAX_K);
   if (p.w_bits != 4 && p.w_bits != 8)
     return fail(ERROR_ARGUMENT, "lowbit_linear: w_bits=%d; these kernels have 4 and 8", p.w_bits);
+  const int64_t product = (128 + std::abs(static_cast<int64_t>(e.x_zero_point))) << (p.w_bits - 1);
+  if (product * p.K > INT32_MAX)
+    return fail(ERROR_ARGUMENT, "lowbit_linear: K=%d, x_zero_point=%d; int32 sums of %d-bit weights are exact for K up to %lld",
+                p.K, e.x_zero_point, p.w_bits, static_cast<long long>(INT32_MAX / product));
   const void* needed[] = {p.x, e.w_packed, e.x_scale, e.w_scale, e.y};
   const char* names[] = {"x", "w_packed", "x_scale", "w_scale", "y"};
   for (int i = 0; i < 5; ++i)
@@ -105,7 +111,8 @@ int pyvit_accel_lowbit_linear_plan(const LowbitLinear* problem, int capability, 
   if (of->w_bits != problem->w_bits || !runs_on(*of, capability))
     return fail(ERROR_CONFIG, "lowbit_linear: %s is for %d-bit weights on capability %d%s; got %d bits on %d", of->kernel,
                 of->w_bits, of->capability, of->capability == 80 ? " or newer" : "", problem->w_bits, capability);
-  if (tiles(*of, problem->epilogue) > MAX_GRID || problem->epilogue.M > MAX_GRID - of->tokens)
+  const int64_t beyond = 2 * of->tokens * of->cluster;  // tokens of the last tiles, which are counted in int32 too
+  if (tiles(*of, problem->epilogue) > MAX_GRID || problem->epilogue.M > MAX_GRID - beyond)
     return fail(ERROR_ARGUMENT, "lowbit_linear: M=%d, N=%d are more tiles of %d x %d than a grid has blocks; split M",
                 problem->epilogue.M, problem->epilogue.N, of->features, of->tokens);
   LowbitLinear valid = *problem;

@@ -7,6 +7,8 @@ from ctypes import c_char, c_char_p, c_int, c_uint8, c_uint32, c_uint64, c_void_
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 PATH = Path(__file__).parents[1] / "libpyvit_accel_cuda.so"
 ABI = 2  # PYVIT_ACCEL_ABI of csrc/cuda/launch.h
 BUILD = "python setup.py build_cuda builds it, with nvcc"
@@ -79,6 +81,13 @@ def status() -> str:
         return f"built for ABI version {loaded.pyvit_accel_abi_version()}, this is {ABI}; {BUILD} anew"
     error = device_error()
     return "yes" if error is None else f"yes, but nothing to run it on: {error}"
+
+
+def check_devices(op: str, x: Tensor, *others: Tensor | None) -> None:
+    """Raise unless all tensors are where x is: a kernel would take the address of another device for one of its own."""
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: x is on {x.device}, and one of the others on {t.device}; move them to one device")
 
 
 def check(code: int) -> None:

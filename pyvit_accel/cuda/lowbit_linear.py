@@ -27,7 +27,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .library import Launch, check, library
+from .library import Launch, check, check_devices, device_error, library
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")  # enum Activation of csrc/cuda/epilogue.cuh
 CAPABILITY = 90  # where wgmma is, whose int8 form Triton does not keep busy; elsewhere both use mma.sync
@@ -98,9 +98,9 @@ def bits_of(w_packed: Tensor, K: int) -> int:
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """x (M, K), or a copy padded with zeros: columns, stride and address are multiples of 16."""
+    """x (M, K), or a copy padded with zeros: columns, stride and address are multiples of 16, no rows overlap."""
     M, K = x.shape
-    if K % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
+    if K % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) >= K and x.data_ptr() % 16 == 0:
         return x
     padded = x.new_zeros(M, -(-K // 16) * 16)
     padded[:, :K] = x
@@ -153,12 +153,22 @@ def _device(index: int) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
+@cache
+def _has_driver() -> bool:
+    """Whether the driver, which may be older than the one that PyTorch needs, is new enough for the library."""
+    return device_error() is None
+
+
 def arguments(
     x: Tensor, x_scale: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, x_zero_point: int,
     activation: str, layer_scale: Tensor | None, residual: Tensor | None, out_scale: Tensor | None,
     out_zero_point: int, out_bits: int,
 ) -> tuple:  # fmt: skip
-    """The arguments of the reference as `problem` takes them after y: contiguous, aligned, x padded to 16 inputs."""
+    """The arguments of the reference as `problem` takes them after y: contiguous, aligned, x padded to 16 inputs.
+
+    Raises ValueError when they are not all where x is.
+    """
+    check_devices("lowbit_linear", x, x_scale, w_packed, w_scale, bias, layer_scale, residual, out_scale)
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     vectors = (None if v is None else v.contiguous() for v in (bias, layer_scale, out_scale))
@@ -206,8 +216,10 @@ def lowbit_linear(
 
 
 def takes(x: Tensor, w_packed: Tensor, index: Tensor | None) -> bool:
-    """Whether the call is theirs: on Hopper, of 4- or 8-bit weights, without an index."""
-    return index is None and bits_of(w_packed, x.shape[1]) in (4, 8) and _device(x.device.index)[0] == CAPABILITY
+    """Whether the call is theirs: on Hopper, of 4- or 8-bit weights, without an index, by a driver they can use."""
+    if index is not None or bits_of(w_packed, x.shape[1]) not in (4, 8):
+        return False
+    return _device(x.device.index)[0] == CAPABILITY and _has_driver()
 
 
 def before(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
