@@ -167,11 +167,11 @@ def sparse24(
 ) -> Sparse24Recipe:
     """2:4 weights in the Linears that `layers` (globs) names, classifiers apart.
 
-    mask     "sparsegpt" | "wanda", which need calibration batches, or "magnitude", which does not
+    mask     "sparsegpt" | "wanda", which need calibration batches, or "magnitude", which reads none
     dtype    "float16" | "bfloat16" | "int8"; None: of the weights, float16 for float32
     rows     of a call, tokens times images: where too few for 2:4 to pay on the GPU, a layer stays dense
     target   compute capability of that GPU, 90 for sm_90; None: of the model's own, and on a CPU all are converted
-    permute  order inputs so that more is kept, where the layers before can follow
+    permute  order inputs so that more is kept, where the layers before can follow; not with "magnitude"
 
     Layers that were trained 2:4 (Sparse24Training) keep their masks.
     """
@@ -182,7 +182,8 @@ def sparse24(
         Rule(glob, KINDS, convert, exact=True, unless=CLASSIFIERS, unless_reason=DENSE_CLASSIFIER) for glob in globs
     )
     name = "SPARSE24" if spec == Sparse24() else f"SPARSE24({mask}{'' if dtype is None else f', {dtype}'})"
-    return Sparse24Recipe(name, rules, partial(_observe, rules, spec), mask != "magnitude", spec=spec)
+    reads = mask != "magnitude"
+    return Sparse24Recipe(name, rules, partial(_observe, rules, spec) if reads else None, reads, spec=spec)
 
 
 def _both(first: Recipe, second: Recipe) -> Recipe:

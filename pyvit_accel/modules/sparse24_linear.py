@@ -44,7 +44,8 @@ def pruned_weight(linear: nn.Linear, mask: str | Tensor, inputs: Moments | None)
     if mask == "wanda":
         return w * sparsity.wanda(w, inputs.norm.to(w.device))
     gram = inputs.gram if linear.bias is None else inputs.centred  # the bias takes up the mean of the error
-    return sparsity.sparsegpt(w, gram.to(w.device))
+    found = sparsity.sparsegpt(w, gram.to(w.device))
+    return sparsity.refit(w, found != 0, gram.to(w.device), found)
 
 
 def _moved(t: Tensor, to: Tensor) -> Tensor:
