@@ -9,6 +9,8 @@ Tokens count by what an error in them does, as in calibrate/refine.py:
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,10 @@ from pyvit_accel.errors import Unsupported
 from pyvit_accel.sparsity.moments import Moments, Sums, calls, hooked
 
 FIRST_TOKEN = 0.15
+
+
+class _Stop(Exception):
+    """Ends a forward pass of which the rest is not needed."""
 
 
 class Stream:
@@ -44,6 +50,8 @@ class Stream:
             missed.pop(module, None)
             if module is blocks[0]:
                 self.inputs.append((args, kwargs))
+                if not missed and not apart and len(self.inputs) > 1:
+                    raise _Stop  # the first batch has shown all but this
             elif module in blocks and not (args and args[0] is last[0]):
                 apart.append(module)
 
@@ -54,7 +62,8 @@ class Stream:
         with hooked(dict.fromkeys([*blocks, *missed], enter)):
             for args, kwargs in calls(self.model, self.batches):
                 last[0] = None
-                self.model(*args, **kwargs)
+                with suppress(_Stop):
+                    self.model(*args, **kwargs)
         for handle in handles:
             handle.remove()
         for name in missed.values():  # before anything is changed
