@@ -104,9 +104,9 @@ def is_old(output, inputs):
 
 
 def find_nvcc():
-    """The path of nvcc, or None."""
+    """The path of nvcc, under CUDA_HOME or else on the PATH, or None."""
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
 
 
 def run_nvcc(command):

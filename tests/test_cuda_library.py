@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,25 @@ def test_carries_every_architecture_with_its_ptx():
         command = [triton.knobs.nvidia.cuobjdump.path, listing, str(built.PATH)]
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert set(re.findall(rf"\.(sm_\w+)\.{kind}", listed)) >= {"sm_80", "sm_89", "sm_90a", "sm_100a"}, listing
+
+
+def test_which_nvcc_builds_it(monkeypatch, tmp_path):
+    """That of CUDA_HOME, or the one on the PATH where there is none."""
+    setup = Path(__file__).parents[1] / "setup.py"
+    for folder in ("home/bin", "path"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "nvcc").touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(setup), "--name"])
+    monkeypatch.setenv("PYVIT_ACCEL_EXT", "off")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    find = runpy.run_path(str(setup))["find_nvcc"]
+    for home, found in (("home", "home/bin/nvcc"), ("nowhere", "path/nvcc")):
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / home))
+        assert find() == str(tmp_path / found)
+    monkeypatch.delenv("CUDA_HOME")
+    assert find() == str(tmp_path / "path/nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find() is None
 
 
 # What is said when it was not built, or not for this version.
