@@ -60,7 +60,7 @@ def test_floats_are_rounded_once():
     linear, x = layer(bias=False)
     for dtype, u in U16.items():
         new = Sparse24Linear.from_linear(linear, dtype=dtype)
-        w, xs = new.codes().double(), x.to(new.values.dtype).double()
+        w, xs = new.codes().double(), x.to(new.w_values.dtype).double()
         bound = 36 * U32 * (xs.abs() @ w.abs().T) + u * (xs @ w.T).abs() * 1.01 + 1e-7
         assert ((new(x).double() - xs @ w.T).abs() <= bound).all()
 
@@ -95,7 +95,7 @@ def test_state_copies_and_moves(options):
     blank.load_state_dict(state, assign=True)
     assert torch.equal(blank(x), y)
     twin = copy.deepcopy(new).half()
-    assert torch.equal(twin(x), y) and twin.values.dtype == new.values.dtype
+    assert torch.equal(twin(x), y) and twin.w_values.dtype == new.w_values.dtype
     assert twin.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(new.to_linear().weight, new.weight) and torch.equal(new(x), y)
     with pytest.raises((ValueError, RuntimeError), match=r"in_features=36; expected 1, 20 and 40|size mismatch"):
@@ -121,10 +121,13 @@ def test_refuses_a_gradient_and_other_shapes():
         new(x[:, :35])
 
 
-def test_compiles_as_one_graph():
+def test_compiles_and_exports_as_one_graph():
     linear, x = layer()
     new = Sparse24Linear.from_linear(linear, dtype="int8")
     assert torch.equal(torch.compile(new, fullgraph=True, backend="eager")(x), new(x))
+    with torch.no_grad():
+        exported = torch.export.export(new, (x,)).module()
+        assert torch.equal(exported(x), new(x))
 
 
 def broken(**changes):
@@ -232,7 +235,7 @@ def test_recipe_with_int8(tmp_path):
     save(new, tmp_path / "m")
     assert torch.equal(load(tmp_path / "m")(images), new(images))
     same, _ = accelerate(model, SPARSE24(dtype="int8"), [images])
-    assert torch.equal(same.blocks[1].mlp.fc2.values, new.blocks[1].mlp.fc2.values)
+    assert torch.equal(same.blocks[1].mlp.fc2.w_values, new.blocks[1].mlp.fc2.w_values)
     exp_free, _ = accelerate(model, recipes.EXP_FREE_ATTENTION + SPARSE24(mask="magnitude"), [images])
     assert classes(exp_free)["Sparse24Linear"] == 4 and "ExpFreeSelfAttention" in module_names(exp_free)
 

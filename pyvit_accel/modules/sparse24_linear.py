@@ -76,8 +76,9 @@ class Sparse24Linear(nn.Module):
             raise ValueError(f"Sparse24Linear: x_static belongs to int8 weights, not to {dtype}")
         self.in_features, self.out_features, self.dtype, self.x_zero_point = in_features, out_features, dtype, 0
         shapes = sparse24.packed_shapes(out_features, in_features, DTYPES[dtype])
-        self.register_buffer("values", torch.zeros(shapes[0], dtype=DTYPES[dtype]))
-        self.register_buffer("meta", torch.full(shapes[1], 0x44444444, dtype=torch.int32))
+        self.register_buffer("w_values", torch.zeros(shapes[0], dtype=DTYPES[dtype]))
+        # Not "meta": a module that torch.export (2.13) makes has an attribute of that name.
+        self.register_buffer("w_meta", torch.full(shapes[1], 0x44444444, dtype=torch.int32))
         scales = {
             "w_scale": torch.ones(out_features) if dtype == "int8" else None,
             "w_sum": torch.zeros(out_features, dtype=torch.int32) if dtype == "int8" else None,
@@ -132,7 +133,7 @@ class Sparse24Linear(nn.Module):
             if largest > torch.finfo(DTYPES[dtype]).max:
                 raise Unsupported(f"the largest weight is {largest:.3g}, beyond {dtype}; use bfloat16")
             codes = w.to(DTYPES[dtype])
-        new.values, new.meta = sparse24.pack(codes)
+        new.w_values, new.w_meta = sparse24.pack(codes)
         if linear.bias is not None:
             new.bias = linear.bias.detach().float().clone()
             if inputs is not None:
@@ -142,14 +143,14 @@ class Sparse24Linear(nn.Module):
 
     def unpack(self) -> None:
         """Make w_dense where this device needs it."""
-        if self.values.is_meta or not multiplies_dense(self.values):
+        if self.w_values.is_meta or not multiplies_dense(self.w_values):
             self.w_dense = None
         else:
-            self.w_dense = dense_form(self.values, self.meta, self.out_features, self.in_features)
+            self.w_dense = dense_form(self.w_values, self.w_meta, self.out_features, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
         """Move, and keep every dtype: it belongs to the format, not to the model."""
-        blank = self.values.is_meta  # what comes of it has no values yet
+        blank = self.w_values.is_meta  # what comes of it has no values yet
         self.w_dense = None
         super()._apply(lambda t: _moved(t, fn(t)), recurse)
         if not blank:
@@ -158,7 +159,7 @@ class Sparse24Linear(nn.Module):
 
     def codes(self) -> Tensor:
         """The weight (N, K) in its own dtype."""
-        return sparse24.unpack(self.values, self.meta, self.out_features, self.in_features)
+        return sparse24.unpack(self.w_values, self.w_meta, self.out_features, self.in_features)
 
     def dequantized_weight(self) -> Tensor:
         """The weight (N, K) the matmul multiplies with, float32."""
@@ -172,7 +173,7 @@ class Sparse24Linear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with exactly this weight, float32."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.values.device)
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.w_values.device)
         with torch.no_grad():
             linear.weight.copy_(self.dequantized_weight())
             if self.bias is not None:
@@ -186,11 +187,11 @@ class Sparse24Linear(nn.Module):
             )
         weight = {"out_features": self.out_features, "w_dense": self.w_dense}
         if self.w_scale is None:
-            y = ops.sparse24_linear(x, self.values, self.meta, self.bias, **weight)
+            y = ops.sparse24_linear(x, self.w_values, self.w_meta, self.bias, **weight)
         else:
             codes, scale = ops.quantize(x) if self.x_scale is None else ops.quantize(x, self.x_scale, self.x_zero_point)
             y = ops.sparse24_linear(
-                codes, self.values, self.meta, self.bias, x_scale=scale, w_scale=self.w_scale, w_sum=self.w_sum,
+                codes, self.w_values, self.w_meta, self.bias, x_scale=scale, w_scale=self.w_scale, w_sum=self.w_sum,
                 x_zero_point=self.x_zero_point, **weight,
             )  # fmt: skip
         return refuse_gradient(y.to(x.dtype), x)
@@ -201,7 +202,7 @@ class Sparse24Linear(nn.Module):
 
     def weight_bytes(self) -> int:
         """Of the packed weight with its scales and sums."""
-        parts = (self.values, self.meta, self.w_scale, self.w_sum)
+        parts = (self.w_values, self.w_meta, self.w_scale, self.w_sum)
         return sum(t.nbytes for t in parts if t is not None)
 
     def config(self) -> dict:
