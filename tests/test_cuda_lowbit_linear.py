@@ -1,4 +1,4 @@
-"""The CUDA kernels of lowbit_linear: the PTX that the library carries, run on the CPU, gives the reference's bits.
+"""The CUDA kernels of lowbit_linear: the PTX the library carries, run on the CPU against the reference, bit for bit.
 
 Every launch is planned as for a GPU, of two multiprocessors, so that the blocks of the persistent kernels take several
 tiles. The emulator faults on whatever a GPU leaves undefined; planted bugs show that it does, and where it points to.
