@@ -32,8 +32,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .library import Launch, check, library
-from .lowbit_linear import ACTIVATIONS, Epilogue, _aligned, _device, _pointer
+from .library import Launch, check, check_devices, library
+from .lowbit_linear import ACTIVATIONS, Epilogue, _aligned, _device, _has_driver, _pointer
 
 ELEMENTS = (torch.int8, torch.float16, torch.bfloat16)  # enum Elements of csrc/cuda/sparse24_linear.h
 
@@ -79,9 +79,10 @@ def _config_index(config: str | None) -> int:
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """x (M, K), or a copy padded with zeros: the bytes of a row, stride and address are multiples of 16."""
+    """x (M, K), or a copy padded with zeros: rows, their stride and address are multiples of 16 bytes, none overlap."""
     (M, K), each = x.shape, 16 // x.element_size()
-    if K % each == 0 and x.stride(1) == 1 and x.stride(0) % each == 0 and x.data_ptr() % 16 == 0:
+    whole = K % each == 0 and x.stride(1) == 1 and x.stride(0) % each == 0 and x.stride(0) >= K
+    if whole and x.data_ptr() % 16 == 0:
         return x
     padded = x.new_zeros(M, -(-K // each) * each)
     padded[:, :K] = x
@@ -130,7 +131,12 @@ def arguments(
     w_scale: Tensor | None, w_sum: Tensor | None, x_zero_point: int, activation: str, layer_scale: Tensor | None,
     residual: Tensor | None, out_scale: Tensor | None, out_zero_point: int, out_bits: int,
 ) -> tuple:  # fmt: skip
-    """The arguments of the reference as `problem` takes them after y: contiguous, aligned, rows of x padded."""
+    """The arguments of the reference as `problem` takes them after y: contiguous, aligned, rows of x padded.
+
+    Raises ValueError when they are not all where x is.
+    """
+    others = (values, meta, bias, x_scale, w_scale, w_sum, layer_scale, residual, out_scale)
+    check_devices("sparse24_linear", x, *others)
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     vectors = (None if v is None else v.contiguous() for v in (bias, x_scale, w_scale, layer_scale, out_scale))
@@ -141,8 +147,8 @@ def arguments(
     )  # fmt: skip
 
 
-def result(x: Tensor, out_features: int, out_scale: Tensor | None) -> Tensor:
-    """y, empty."""
+def empty_result(x: Tensor, out_features: int, out_scale: Tensor | None) -> Tensor:
+    """y, not yet written."""
     dtype = torch.int8 if out_scale is not None else torch.float32 if x.dtype == torch.int8 else x.dtype
     return torch.empty(x.shape[0], out_features, dtype=dtype, device=x.device)
 
@@ -168,7 +174,7 @@ def sparse24_linear(
     config: str | None = None,
 ) -> Tensor:
     """config: the name of the kernel, one of configs(), which runs on this GPU and has this dtype; None chooses."""
-    y = result(x, out_features, out_scale)
+    y = empty_result(x, out_features, out_scale)
     if y.numel():
         kept = arguments(
             x, values, meta, bias, out_features, x_scale, w_scale, w_sum, x_zero_point, activation, layer_scale,
@@ -183,9 +189,9 @@ def sparse24_linear(
 
 
 def before(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The launcher for every GPU: these kernels from sm_80 on, where sparse units are, else the other launcher."""
+    """The launcher for every GPU: these kernels from sm_80 on, by a driver they can use, else the other launcher."""
 
     def launch(x: Tensor, *args) -> Tensor:
-        return (sparse24_linear if _device(x.device.index)[0] >= 80 else otherwise)(x, *args)
+        return (sparse24_linear if _device(x.device.index)[0] >= 80 and _has_driver() else otherwise)(x, *args)
 
     return launch
