@@ -98,6 +98,7 @@ def test_importing_needs_neither_extension_nor_triton():
         assert not backends.HAS_CPU_KERNELS and not backends.HAS_TRITON and backends.isa() == "none"
         owners = {op: row for op, *row in backends.owners()}
         assert owners.pop("lowbit_linear")[1].endswith("reference")
+        assert all(owner.endswith("dense matmul") for owner in owners.pop("sparse24_linear"))
         assert all(row == ["reference", "reference"] for row in owners.values())
 
         torch.manual_seed(0)
