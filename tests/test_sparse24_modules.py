@@ -11,7 +11,7 @@ from _problems import U32, assert_same_bits
 from _vits import module_names, pixels, relative_error, vit
 from torch import nn
 
-from pyvit_accel import Unsupported, accelerate, load, ops, recipes, save
+from pyvit_accel import Unsupported, accelerate, load, ops, recipes, save, sparsity
 from pyvit_accel.formats import packed
 from pyvit_accel.models import digits_data, digits_model
 from pyvit_accel.modules import Sparse24Linear, Sparse24Training, train_sparse24
@@ -45,6 +45,16 @@ def test_masks_and_formats(mask, dtype):
         assert ((w - linear.weight * keep).abs() <= step).all()
     # The mean of the error is in the bias.
     assert ((x @ w.T + new.bias - linear(x)).mean(0).abs() < 1e-5).all()
+
+
+@pytest.mark.parametrize("mask", sparsity.METHODS)
+def test_inputs_that_fill_no_chunk(mask):
+    linear, x = layer(37, 5)
+    for dtype in ("float16", "int8"):
+        new = Sparse24Linear.from_linear(linear, mask, x, dtype)
+        w = new.weight
+        assert w[:, 36].all() and (w[:, :36].reshape(5, 9, 4).count_nonzero(-1) <= 2).all()
+        assert relative_error(new(x), x @ w.T + new.bias) < 2e-2
 
 
 def test_what_sees_the_inputs_errs_less():
