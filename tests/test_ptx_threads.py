@@ -24,6 +24,12 @@ def test_loops_of_different_lengths():
     assert execute(body + STORE, threads=75).tolist() == [collatz(i + 1) for i in range(75)]
 
 
+def test_registers_hold_nothing_at_first():
+    """Nothing a kernel could rely on, such as sums that begin at zero."""
+    assert (execute(STORE) != 0).all()
+    assert (execute("mov.b64 {%r9, %r10}, %d20;" + STORE) != 0).all()
+
+
 def test_nested_branches_and_guards():
     body = """mov.u32 %r10, 0; and.b32 %r2, %r1, 1; and.b32 %r3, %r1, 2; setp.ne.u32 %p0, %r2, 0;
     setp.ne.u32 %p1, %r3, 0;

@@ -16,6 +16,9 @@ from .program import BANK_DTYPES, EXITED, RUNNING, WAITING, Program, Wait
 from .report import Fault
 from .shared import Clocks, Shared
 
+# What registers hold that nothing was written to; predicates are false.
+UNSET = {1: 0, 16: 0xCDCD, 32: 0xCDCDCDCD, 64: 0xCDCDCDCDCDCDCDCD}
+
 
 class Group:
     """Threads of a block that execute an instruction together."""
@@ -62,7 +65,7 @@ class Cta:
         T = machine.threads
         self.first_warp = rank * -(-T // 32)
         rows = machine.program.entry.rows
-        self.banks = {b: np.zeros((max(rows[b], 1), T), dtype) for b, dtype in BANK_DTYPES.items()}
+        self.banks = {b: np.full((max(rows[b], 1), T), UNSET[b], dtype) for b, dtype in BANK_DTYPES.items()}
         self.shared = Shared(machine.program.static_shared + machine.shared_bytes, clocks)
         self.local = np.zeros((T, max(machine.program.local_bytes, 1)), np.uint8)
         self.position_of = np.zeros(T, np.int64)
