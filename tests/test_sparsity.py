@@ -13,6 +13,7 @@ from pyvit_accel import sparsity
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.sparsity import Moments
 from pyvit_accel.sparsity.masks import PATTERNS
+from pyvit_accel.sparsity.permute import _best_swaps
 
 
 def chunks(mask):
@@ -169,17 +170,32 @@ def test_search_never_loses(K):
 
 def test_search_ends_where_no_swap_helps():
     """Every swap of two inputs tried by hand; and of all orders of eight inputs it finds one near the best."""
-    score = torch.rand(5, 8).square()
-    found = sparsity.search(score)
-    kept = lambda order: float((score[:, order] * sparsity.largest_two(score[:, order])).sum())  # noqa: E731
-    here = kept(found.order)
-    for i, j in product(range(4), range(4, 8)):
-        swapped = found.order.clone()
-        swapped[[i, j]] = found.order[[j, i]]
-        assert kept(swapped) <= here * (1 + 1e-4)
-    every = {tuple(sorted(first)) for first in permutations(range(8), 4)}
-    best = max(kept(torch.tensor([*first, *sorted({*range(8)} - {*first})])) for first in every)
-    assert here >= 0.97 * best
+
+    def kept(score, order):
+        return float((score[:, order] * sparsity.largest_two(score[:, order])).sum())
+
+    for K in (8, 28):
+        score = torch.rand(5, K).square()
+        found = sparsity.search(score)
+        here = kept(score, found.order)
+        for i, j in combinations(range(K), 2):
+            swapped = found.order.clone()
+            swapped[[i, j]] = found.order[[j, i]]
+            assert kept(score, swapped) <= here * (1 + 1e-4)
+        if K == 8:
+            every = {tuple(sorted(first)) for first in permutations(range(8), 4)}
+            best = max(kept(score, torch.tensor([*first, *sorted({*range(8)} - {*first})])) for first in every)
+            assert here >= 0.97 * best
+
+
+def test_a_round_of_swaps_never_loses():
+    """No chunk is in two swaps of a round, so that what they gain adds up; each round starts where the last ended."""
+    score = torch.rand(3, 64).square()
+    shares = [sparsity.search(score, rounds).after for rounds in range(6)]
+    assert shares[0] == pytest.approx(sparsity.kept_energy(score.sqrt(), sparsity.largest_two(score)), rel=1e-5)
+    assert all(later >= earlier for earlier, later in pairwise(shares)) and shares[1] > shares[0]
+    swaps = _best_swaps(torch.rand(64, 64) + 100, score)
+    assert sorted(place // 4 for swap in swaps for place in swap) == list(range(16))
 
 
 def test_search_parts_what_crowds_one_chunk():

@@ -144,6 +144,17 @@ def test_the_reported_error_is_the_layer_s(vit, images):
             assert (outputs[1] - outputs[0]).mean((0, 1)).abs().max() < 1e-5
 
 
+def test_permuted_layers_are_calibrated_in_their_new_order(vit, images):
+    other, name, outputs = deepcopy(vit), "blocks.0.mlp.fc2", []
+    (one,) = prune(other, name, [images], permute=True, correct_bias=False, weigh_tokens=False)
+    for model in (vit, other):
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda module, args, y: outputs.append(y - module.bias))
+        model(images)
+    exact = ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item()
+    assert one.output_error == pytest.approx(exact, rel=1e-3) and one.permuted > 1
+
+
 def _tokens(model, images):
     seen = []
     handle = model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))

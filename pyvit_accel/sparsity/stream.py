@@ -50,7 +50,7 @@ class Stream:
             missed.pop(module, None)
             if module is blocks[0]:
                 self.inputs.append((args, kwargs))
-                if not missed and not apart and len(self.inputs) > 1:
+                if not missed and len(self.inputs) > 1:
                     raise _Stop  # the first batch has shown all but this
             elif module in blocks and not (args and args[0] is last[0]):
                 apart.append(module)
