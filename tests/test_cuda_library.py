@@ -303,6 +303,15 @@ def test_arguments_are_made_fit():
     assert (of.epilogue.M, of.epilogue.N, of.epilogue.activation, of.epilogue.residual_stride) == (3, 20, 1, 20)
 
 
+@needs_library
+def test_the_stride_of_a_single_tile_means_nothing():
+    x, scale = torch.ones(3, 32, dtype=torch.int8), torch.ones(16)
+    w = pack(torch.ones(48, 32, dtype=torch.int8))[::2][:1]
+    assert w.is_contiguous() and w.stride(0) == 2 * w.shape[1]
+    fit = launcher.arguments(x, scale[:1], w, scale, None, 0, "none", None, None, None, 0, 8)
+    launcher.plan(launcher.problem(torch.empty(3, 16), *fit), 90, 132)
+
+
 def test_tensors_elsewhere_are_refused():
     x, scale = torch.ones(3, 32, dtype=torch.int8), torch.ones(16)
     w = torch.empty(packed_shape(16, 32), dtype=torch.uint8, device="meta")

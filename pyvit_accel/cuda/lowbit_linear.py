@@ -128,7 +128,7 @@ def problem(
         x.data_ptr(), x.stride(0), K, bits_of(w_packed, K),
         Epilogue(
             x_scale.data_ptr(), w_scale.data_ptr(), _pointer(bias), _pointer(layer_scale), _pointer(residual),
-            _pointer(out_scale), y.data_ptr(), w_packed.data_ptr(), w_packed.stride(0),
+            _pointer(out_scale), y.data_ptr(), w_packed.data_ptr(), w_packed.shape[1],
             0 if residual is None else residual.stride(0), M, N, x_zero_point, out_zero_point, out_bits,
             ACTIVATIONS.index(activation), x_scale.shape[0] > 1, out_scale_per_column, False,
         ),
