@@ -30,7 +30,7 @@ def test_verdict_is_of_all_layers():
         return {"model": "m", "method": method, "layers": layers, "lost": lost}
 
     rows = [row("float32", 0, 0), row("magnitude", 48, 0.5), row(study.BEST, 48, 0.3), row(study.BEST, 12, 0.1)]
-    assert study.verdicts(rows) == ["m: 30.00 points lost, magnitude 50.00: NOT less than half"]
+    assert study.verdicts(rows) == [f"m, {study.BEST}: 30.00 points lost, magnitude 50.00: NOT less than half"]
     rows[2]["lost"] = 0.2
     assert study.verdicts(rows)[0].endswith(": less than half")
     assert not study.verdicts(rows[:2])
