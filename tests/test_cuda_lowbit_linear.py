@@ -85,6 +85,12 @@ def test_ada_runs_the_kernels_of_sm_80(w_bits):
         assert_reference(name, *case((35, 66, 100), w_bits, EPILOGUES[1]), capability=89)
 
 
+def test_nothing_is_read_as_if_it_never_changed():
+    """A dependent launch begins while the one before may still write: what it reads is not read-only while it runs."""
+    texts = {module_with(ptx(90), name) for name in configs(90, 4) + configs(90, 8)}
+    assert texts and not any(re.search(r"\bld\.global\S*\.nc\b", text) for text in texts)
+
+
 def test_identity_returns_the_weight():
     """x = I: every code of the weight comes out where it belongs, in every feature's place of a tile."""
     for name in launcher.configs():
