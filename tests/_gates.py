@@ -255,6 +255,7 @@ ROW_GATES = (
 
 MMA_TILES = {"64x32": 128, "64x64": 168, "128x128": 255}
 WGMMA_TILES = {"128x32": 128, "128x64": 128, "128x128": 128, "256x128": 168}
+ROWS_TILES = {"128x128": 128, "256x128": 168}  # of weights from shared memory
 LOWBIT_TILES = {"128x16": 128, **WGMMA_TILES, "256x176": 168}
 
 
@@ -280,6 +281,9 @@ CUDA_GATES = (
     *wgmma("sparse24_linear_sm90_s8", "IGMMA.SP.64xNx64.S8.S8", WGMMA_TILES, check.multiplies_in_groups),
     *wgmma("sparse24_linear_sm90_f16", "HGMMA.SP.64xNx32.F32", WGMMA_TILES, check.multiplies_in_groups),
     *wgmma("sparse24_linear_sm90_bf16", "HGMMA.SP.64xNx32.F32.BF16", WGMMA_TILES, check.multiplies_in_groups),
+    *wgmma("sparse24_linear_sm90_s8_rows", "IGMMA.SP.64xNx64.S8.S8", ROWS_TILES, check.multiplies_in_groups),
+    *wgmma("sparse24_linear_sm90_f16_rows", "HGMMA.SP.64xNx32.F32", ROWS_TILES, check.multiplies_in_groups),
+    *wgmma("sparse24_linear_sm90_bf16_rows", "HGMMA.SP.64xNx32.F32.BF16", ROWS_TILES, check.multiplies_in_groups),
 )
 
 GATES = (*LOWBIT_GATES, *BY_INDEX_GATES, *FLOAT_GATES, *ATTENTION_GATES, *ROW_GATES, *CUDA_GATES)

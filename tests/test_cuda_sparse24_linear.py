@@ -75,7 +75,9 @@ def sparse24_linear(config, *args, loaded=None, capability=0):
     given = dict(zip(NAMES, kept[:7], strict=True))
     given |= dict(zip(("layer_scale", "residual", "out_scale"), kept[9:12], strict=True))
     sm = 90 if "_sm90_" in config else 80
-    launch = launcher.plan(launcher.problem(y, *kept), capability or sm, SM_COUNT, config)
+    rows = sparse24.rows_of(kept[1]) if "_rows_" in config else None
+    given["rows"] = rows
+    launch = launcher.plan(launcher.problem(y, *kept, rows), capability or sm, SM_COUNT, config)
     emulate(launch, {name: t for name, t in given.items() if t is not None}, y, loaded, capability)
     return y
 
@@ -220,7 +222,7 @@ def problem(M=4, N=16, K=32, elements=1, **changes):
     epilogue = launcher.Epilogue(y=next(at), M=M, N=N, out_bits=8)
     if elements == 0:
         epilogue.x_scale, epilogue.w_scale, epilogue.w_packed, epilogue.w_stride = next(at), next(at), next(at), 64
-    of = launcher.Sparse24Linear(next(at), row, next(at), next(at), K, elements, epilogue)
+    of = launcher.Sparse24Linear(next(at), row, next(at), next(at), next(at), K, elements, epilogue)
     for name, value in changes.items():
         setattr(of if hasattr(of, name) else of.epilogue, name, value)
     return of
@@ -228,13 +230,15 @@ def problem(M=4, N=16, K=32, elements=1, **changes):
 
 WRONG = {
     "elements=3; they are 0 int8, 1 float16 or 2 bfloat16": {"elements": 3},
-    "M=0, N=16, K=32; use 1 or more, and K up to 131071": {"M": 0},
-    "M=4, N=16, K=131072; use 1 or more, and K up to 131071": {"K": 131072},
+    "M=0, N=16, K=32; use 1 or more, and K up to 1048576": {"M": 0},
+    "M=4, N=16, K=1048577; use 1 or more, and K up to 1048576": {"K": 2**20 + 1},
+    "K=131072, x_zero_point=128; int32 sums are exact for K up to 131068": {
+        "elements": 0, "K": 2**17, "x_zero_point": 128},
     "meta is null": {"meta": None},
     "x_scale is null": {"elements": 0, "x_scale": None},
     "rows 48 bytes apart; use multiples of 16, at least 64 apart": {"x_stride": 48},
     "rows 72 bytes apart; use multiples of 16, at least 64 apart": {"x_stride": 72},
-    "values at 0x100008 and meta at ": {"values": (1 << 20) + 8},
+    "values at 0x100008, meta at ": {"values": (1 << 20) + 8},
     "x_scale, w_scale or x_zero_point with 16-bit floats, which have none": {"x_zero_point": 1},
     "out_bits=1; codes have 2 to 8 bits": {"out_bits": 1, "out_scale": 1 << 30},
     "activation=4; it is 0 none, 1 gelu, 2 gelu_tanh or 3 quick_gelu": {"activation": 4},
@@ -245,7 +249,7 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG)
 def test_what_cannot_be_computed(text):
     with pytest.raises(ValueError, match="^sparse24_linear: .*" + re.escape(text)):
-        launcher.plan(problem(**WRONG[text]), 80, 108, None if "scale" in text else AMPERE)
+        launcher.plan(problem(**WRONG[text]), 80, 108, None if "elements" in WRONG[text] else AMPERE)
 
 
 def test_what_cannot_be_chosen():
@@ -259,6 +263,8 @@ def test_what_cannot_be_chosen():
         launcher.plan(problem(elements=2), 80, 108, AMPERE)
     with pytest.raises(ValueError, match="f16_128x32 is for float16 on capability 90; got float16 on 100"):
         launcher.plan(problem(), 100, 148, HOPPER)
+    with pytest.raises(ValueError, match="f16_rows_128x128 reads the values row by row; give rows"):
+        launcher.plan(problem(rows=None), 90, 132, "sparse24_linear_sm90_f16_rows_128x128")
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])

@@ -125,18 +125,20 @@ def test_library_has_code_and_ptx_for_every_architecture():
 
 def planned(kernel: str, architecture: int):
     """A launch of the kernel, of any problem."""
-    op, _, kind, _ = kernel.rsplit("_", 3)
+    op, _, instance = kernel.partition("_sm")
+    kind = instance.split("_")[1]
     launcher, one = import_module(f"pyvit_accel.cuda.{op}"), torch.ones(304)
     y, vectors = torch.empty(40, 300), (one[:1], one)
     if op == "lowbit_linear":
         w_packed = torch.zeros(304, 64 + 128 * int(kind[1:]), dtype=torch.uint8)
         x, rest = torch.zeros(40, 64, dtype=torch.int8), (w_packed, one, None, 0)
-        args = x, one[:1], *rest
+        args, after = (x, one[:1], *rest), (64,)
     else:
         x = torch.zeros(40, 64, dtype={"s8": torch.int8, "f16": torch.float16, "bf16": torch.bfloat16}[kind])
         weight = torch.zeros(304 * 64, dtype=torch.int8)
         args = x, weight, weight, None, *(vectors if kind == "s8" else (None, None)), one.int(), 0
-    problem = launcher.problem(y, *args, "none", None, None, None, 0, 8, 64)
+        after = 64, weight
+    problem = launcher.problem(y, *args, "none", None, None, None, 0, 8, *after)
     return launcher.plan(problem, architecture, 132, kernel)
 
 

@@ -100,6 +100,14 @@ __device__ __forceinline__ void tma_load(uint32_t to, const void* map, uint64_t*
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load(uint32_t to, const void* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 // To the same place of every block of the cluster that has a bit in `blocks`, and to the same barrier of each.
 __device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const void* map, uint64_t* barrier, int c0, int c1,
                                             int c2) {
@@ -157,6 +165,12 @@ __device__ __forceinline__ void take_registers() {
 __device__ __forceinline__ uint64_t swizzled_operand(uint32_t lines) {
   constexpr uint64_t SWIZZLE_128B = uint64_t{1} << 62, GROUP_STRIDE = uint64_t{1024 >> 4} << 32;
   return SWIZZLE_128B | GROUP_STRIDE | (lines & 0x3FFFF) >> 4;
+}
+
+// The kept half of sparse A: a row has 64 bytes, two k-steps, in TMA's 64-byte swizzle; groups of 8 rows are 512 bytes apart.
+__device__ __forceinline__ uint64_t kept_operand(uint32_t rows) {
+  constexpr uint64_t SWIZZLE_64B = uint64_t{2} << 62, GROUP_STRIDE = uint64_t{512 >> 4} << 32;
+  return SWIZZLE_64B | GROUP_STRIDE | (rows & 0x3FFFF) >> 4;
 }
 
 template <class Register, int COUNT>
@@ -219,6 +233,9 @@ WGMMA(176, D88, "%88, %89, %90, %91", "%92", "%93", SUMS32(0), SUMS32(32), SUMS1
 // (sparse24.cuh). Types are of ELEMENTS; SELECTOR: which half of the lanes of a quad has the metadata, of 8 bits all have.
 template <int ELEMENTS, int SELECTOR, int TOKENS, class Sum>
 __device__ void wgmma_sparse(Sum (&sums)[TOKENS / 2], const uint32_t (&a)[4], uint32_t e, uint64_t b, int accumulate);
+// The same with A in shared memory too, row by row, of which an instruction takes 32 bytes: the next k-step is a + 2.
+template <int ELEMENTS, int SELECTOR, int TOKENS, class Sum>
+__device__ void wgmma_sparse(Sum (&sums)[TOKENS / 2], uint64_t a, uint32_t e, uint64_t b, int accumulate);
 
 #define WGMMA_SPARSE(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, TOKENS, D, A, B, E, ACCUMULATE, ...) \
   template <> \
@@ -226,9 +243,20 @@ __device__ void wgmma_sparse(Sum (&sums)[TOKENS / 2], const uint32_t (&a)[4], ui
       SUM (&sums)[TOKENS / 2], const uint32_t (&a)[4], uint32_t e, uint64_t b, int accumulate) { \
     asm volatile( \
         "{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\n" \
-        "wgmma.mma_async.sp.sync.aligned.m64n" #TOKENS TYPES " {" D "}, {" A "}, " B ", " E ", " #SELECTOR ", p" SCALES ";\n}" \
+        "wgmma.mma_async.sp.sync.aligned.m64n" #TOKENS TYPES " {" D "}, {" A "}, " B ", " E ", " #SELECTOR ", p" \
+        SCALES ";\n}" \
         : __VA_ARGS__ \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(e), "r"(accumulate)); \
+  }
+#define WGMMA_SPARSE_SHARED(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, T) \
+  template <> \
+  __device__ __forceinline__ void wgmma_sparse<ELEMENTS, SELECTOR, 128>( \
+      SUM (&sums)[64], uint64_t a, uint32_t e, uint64_t b, int accumulate) { \
+    asm volatile( \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %67, 0;\n" \
+        "wgmma.mma_async.sp.sync.aligned.m64n128" TYPES " {" D64 "}, %64, %65, %66, " #SELECTOR ", p" SCALES ";\n}" \
+        : TYPED32(T, 0), TYPED32(T, 32) \
+        : "l"(a), "l"(b), "r"(e), "r"(accumulate)); \
   }
 #define WGMMA_SPARSE_TOKENS(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, T) \
   WGMMA_SPARSE(ELEMENTS, SUM, TYPES, SELECTOR, SCALES, 32, D16, "%16, %17, %18, %19", "%20", "%21", "%22", TYPED8(T, 0), \
@@ -241,6 +269,12 @@ WGMMA_SPARSE_TOKENS(FLOAT16, float, "k32.f32.f16.f16", 0, ", 1, 1, 0", "+f")
 WGMMA_SPARSE_TOKENS(FLOAT16, float, "k32.f32.f16.f16", 1, ", 1, 1, 0", "+f")
 WGMMA_SPARSE_TOKENS(BFLOAT16, float, "k32.f32.bf16.bf16", 0, ", 1, 1, 0", "+f")
 WGMMA_SPARSE_TOKENS(BFLOAT16, float, "k32.f32.bf16.bf16", 1, ", 1, 1, 0", "+f")
+WGMMA_SPARSE_SHARED(INT8, int32_t, "k64.s32.s8.s8", 0, "", "+r")
+WGMMA_SPARSE_SHARED(FLOAT16, float, "k32.f32.f16.f16", 0, ", 1, 1, 0, 0", "+f")
+WGMMA_SPARSE_SHARED(FLOAT16, float, "k32.f32.f16.f16", 1, ", 1, 1, 0, 0", "+f")
+WGMMA_SPARSE_SHARED(BFLOAT16, float, "k32.f32.bf16.bf16", 0, ", 1, 1, 0, 0", "+f")
+WGMMA_SPARSE_SHARED(BFLOAT16, float, "k32.f32.bf16.bf16", 1, ", 1, 1, 0, 0", "+f")
+#undef WGMMA_SPARSE_SHARED
 #undef WGMMA_SPARSE_TOKENS
 #undef WGMMA_SPARSE
 #undef TYPED8

@@ -36,7 +36,9 @@ constexpr HOST_DEVICE int groups_of(int K, int elements) {
   const int inputs = STEPS_PER_GROUP * STEP_BYTES / element_bytes(elements);
   return (K + inputs - 1) / inputs;
 }
-constexpr HOST_DEVICE int stages_of(int K, int elements) { return (K + inputs_of_stage(elements) - 1) / inputs_of_stage(elements); }
+constexpr HOST_DEVICE int stages_of(int K, int elements) {
+  return (K + inputs_of_stage(elements) - 1) / inputs_of_stage(elements);
+}
 
 template <int ELEMENTS>
 using Sum = std::conditional_t<ELEMENTS == INT8, int32_t, float>;

@@ -5,19 +5,22 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <cstdlib>
 
 #include "epilogue_plan.h"
 
 namespace pyvit_accel {
 namespace {
 
-constexpr int MAX_K = 131071;  // where int32 sums of 8-bit products are exact, with a zero point too
+constexpr int MAX_K = 1 << 20;
 constexpr int64_t MAX_GRID = 0x7FFFFFFF;
 
 // What a choice is made by; estimates, in clocks of an SM, until they are measured.
 constexpr double L2_BYTES_PER_CLOCK = 32;     // an SM's share when all of them read
-constexpr double SHARED_SHARE = 0.8;          // of the products' rate that shared memory lets through, spec 5.3
-constexpr double EPILOGUE_CLOCKS = 0.3;       // of an output
+constexpr double SHARED_SHARE = 0.8;          // of the products' rate, which shared memory lets through on Hopper
+constexpr double EPILOGUE_CLOCKS = 0.165;     // of an output: the 16 instructions of codes with a bias, and 5 of exchange()
+constexpr double ACTIVATION_CLOCKS = 0.25;    // and the 32 of an activation
 constexpr double BLOCK_CLOCKS = 1000;         // until the first product, and after the last
 
 const Sparse24LinearConfig* config_at(int config) {
@@ -36,6 +39,10 @@ int check(const Sparse24Linear& p) {
   if (e.M < 1 || e.N < 1 || p.K < 1 || p.K > MAX_K)
     return fail(ERROR_ARGUMENT, "sparse24_linear: M=%d, N=%d, K=%d; use 1 or more, and K up to %d", e.M, e.N, p.K, MAX_K);
   const bool int8 = p.elements == INT8;
+  const int64_t product = (128 + std::abs(static_cast<int64_t>(e.x_zero_point))) << 7, kept = 2 * ceil_div(p.K, 4);
+  if (int8 && product * kept > INT32_MAX)
+    return fail(ERROR_ARGUMENT, "sparse24_linear: K=%d, x_zero_point=%d; int32 sums are exact for K up to %lld", p.K,
+                e.x_zero_point, static_cast<long long>(INT32_MAX / product / 2 * 4));
   const void* needed[] = {p.x, p.values, p.meta, e.y, int8 ? e.x_scale : e.y, int8 ? e.w_scale : e.y};
   const char* names[] = {"x", "values", "meta", "y", "x_scale", "w_scale"};
   for (int i = 0; i < 6; ++i)
@@ -44,9 +51,9 @@ int check(const Sparse24Linear& p) {
   if (!aligned(p.x, 16) || p.x_stride % 16 || (e.M > 1 && p.x_stride < row))
     return fail(ERROR_ARGUMENT, "sparse24_linear: x at %p with rows %lld bytes apart; use multiples of 16, at least %lld apart",
                 p.x, static_cast<long long>(p.x_stride), static_cast<long long>(row));
-  if (!aligned(p.values, 16) || !aligned(p.meta, 16))
-    return fail(ERROR_ARGUMENT, "sparse24_linear: values at %p and meta at %p; use multiples of 16", p.values,
-                static_cast<const void*>(p.meta));
+  if (!aligned(p.values, 16) || !aligned(p.meta, 16) || !aligned(p.rows, 16))
+    return fail(ERROR_ARGUMENT, "sparse24_linear: values at %p, meta at %p and rows at %p; use multiples of 16", p.values,
+                static_cast<const void*>(p.meta), p.rows);
   if (int8 && e.x_zero_point && (!e.w_packed || !aligned(e.w_packed, 16) || e.w_stride != 64))
     return fail(ERROR_ARGUMENT, "sparse24_linear: x_zero_point=%d with the sums of the weights at %p, %lld bytes apart; use a "
                 "multiple of 16, and 64 apart", e.x_zero_point, static_cast<const void*>(e.w_packed),
@@ -64,23 +71,28 @@ int64_t tiles(const Sparse24LinearConfig& config, const Epilogue& e) {
   return ceil_div(e.M, config.tokens) * ceil_div(e.N, config.features * config.cluster) * config.cluster;
 }
 
-// Clocks until the busiest SM has done its tiles.
+// Clocks until the busiest SM has done its tiles. Where it has two blocks, the epilogue of one runs under the products of
+// the other.
 double clocks(const Sparse24LinearConfig& config, const Sparse24Linear& p, int sm_count) {
   const double area = static_cast<double>(config.features) * config.tokens;
   const double row = static_cast<double>(p.K) * (p.elements == INT8 ? 1 : 2);  // bytes
   const double products = area * row / config.bytes_per_clock / SHARED_SHARE;
   const double packed = row * (p.elements == INT8 ? 0.625 : 0.5625);
   const double bytes = (config.features * packed + config.tokens * row / config.cluster) / L2_BYTES_PER_CLOCK;
+  const double loop = std::max(products, bytes);
+  const double epilogue = area * (EPILOGUE_CLOCKS + (p.epilogue.activation ? ACTIVATION_CLOCKS : 0));
   const int64_t of_sm = ceil_div(tiles(config, p.epilogue), sm_count);
-  return of_sm * (std::max(products, bytes) + area * EPILOGUE_CLOCKS) +
-         ceil_div(of_sm, config.blocks_per_sm) * BLOCK_CLOCKS;
+  const double alone = of_sm * (loop + epilogue);
+  const double together = of_sm * std::max(loop, epilogue) + std::min(loop, epilogue);
+  return (config.blocks_per_sm > 1 ? together : alone) + ceil_div(of_sm, config.blocks_per_sm) * BLOCK_CLOCKS;
 }
 
-// The fastest by the model, of those made for this capability if there are any.
+// The fastest by the model, of those made for this capability if there are any. Not from rows: by the model they are slower,
+// and it takes a GPU to know better.
 const Sparse24LinearConfig* choose(const Sparse24Linear& p, int capability, int sm_count) {
   const Sparse24LinearConfig* best = nullptr;
   for (int i = 0; const Sparse24LinearConfig* config = config_at(i); ++i) {
-    if (config->elements != p.elements || !runs_on(*config, capability)) continue;
+    if (config->elements != p.elements || config->from_rows || !runs_on(*config, capability)) continue;
     if (best && config->capability < best->capability) continue;
     const bool newer = !best || config->capability > best->capability;
     if (newer || clocks(*config, p, sm_count) < clocks(*best, p, sm_count)) best = config;
@@ -107,9 +119,13 @@ int pyvit_accel_sparse24_linear_plan(const Sparse24Linear* problem, int capabili
   if (!of) return fail(ERROR_CONFIG, "sparse24_linear: there is no config %d; use -1 to have one chosen", config);
   static const char* const names[] = {"int8", "float16", "bfloat16"};
   if (of->elements != problem->elements || !runs_on(*of, capability))
-    return fail(ERROR_CONFIG, "sparse24_linear: %s is for %s on capability %d%s; got %s on %d", of->kernel, names[of->elements],
-                of->capability, of->capability == 80 ? " or newer" : "", names[problem->elements], capability);
-  if (tiles(*of, problem->epilogue) > MAX_GRID || problem->epilogue.M > MAX_GRID - of->tokens)
+    return fail(ERROR_CONFIG, "sparse24_linear: %s is for %s on capability %d%s; got %s on %d", of->kernel,
+                names[of->elements], of->capability, of->capability == 80 ? " or newer" : "", names[problem->elements],
+                capability);
+  if (of->from_rows && !problem->rows)
+    return fail(ERROR_CONFIG, "sparse24_linear: %s reads the values row by row; give rows", of->kernel);
+  const int64_t beyond = 2 * of->tokens;  // tokens of the last tiles, which are counted in int32 too
+  if (tiles(*of, problem->epilogue) > MAX_GRID || problem->epilogue.M > MAX_GRID - beyond)
     return fail(ERROR_ARGUMENT, "sparse24_linear: M=%d, N=%d are more tiles of %d x %d than a grid has blocks; split M",
                 problem->epilogue.M, problem->epilogue.N, of->features, of->tokens);
   Sparse24Linear valid = *problem;

@@ -17,6 +17,7 @@ struct Sparse24Linear {
   int64_t x_stride;      // bytes
   const void* values;    // (tiles of 16 features, steps, 32 lanes, 16 bytes)
   const uint32_t* meta;  // (tiles, or pairs of them, steps / 4, 32 lanes, 4)
+  const void* rows;      // null, or the values row by row (features, steps, 32 bytes), for kernels that read them so
   int32_t K;
   int32_t elements;      // of x and values: index into int8, float16, bfloat16
   Epilogue epilogue;
@@ -25,7 +26,8 @@ struct Sparse24Linear {
 // The name of kernel `config` of sparse24_linear, or null beyond the last.
 EXPORT const char* pyvit_accel_sparse24_linear_config(int config);
 // capability: 10 * major + minor. config: -1 chooses.
-EXPORT int pyvit_accel_sparse24_linear_plan(const Sparse24Linear* problem, int capability, int sm_count, int config, Launch* launch);
+EXPORT int pyvit_accel_sparse24_linear_plan(const Sparse24Linear* problem, int capability, int sm_count, int config,
+                                            Launch* launch);
 EXPORT int pyvit_accel_sparse24_linear(const Sparse24Linear* problem, int capability, int sm_count, int config, void* stream);
 
 }  // extern "C"
@@ -42,6 +44,7 @@ struct Sparse24LinearConfig {
   int32_t elements, features, tokens;  // of a block's tile
   int32_t threads, shared_bytes, blocks_per_sm;
   int32_t bytes_per_clock;  // of an SM: bytes of a row of x times rows of w that its instruction multiplies
+  bool from_rows;           // the weights are read from `rows`
   // Fills grid, parameters, tensor maps, and cluster where it is not 1; the rest of launch is. The problem is valid.
   void (*prepare)(const Sparse24Linear& problem, const Sparse24LinearConfig& config, int sm_count, Launch& launch);
   int32_t cluster = 1;  // blocks, of neighbouring features, that get x in one copy from L2

@@ -15,10 +15,11 @@
 // The loop has no tail: tokens beyond M are the last one once more, whose sums go nowhere, x beyond K is copied as zeros,
 // and a packed weight has features up to a multiple of 128 and k-steps up to one of 4, of zeros with legal metadata.
 //
-// Floors of a 64 x 64 warp tile and a k-step: 32 mma.sp of 16 clocks on a quarter of an SM of sm_80 (4096 logical products of
-// 8 bits a clock, 2048 of 16), so 512 for four warps. Shared memory: A 2 KiB, B 4 KiB of each warp, 24 of four, and what is
-// copied, 128 x 64 bytes of x and 128 x 36 of weights, 12.5 KiB, in all 37 KiB or 292 clocks of 128 bytes: not the limit. L2:
-// 12.5 KiB in 512 clocks, 25 bytes a clock, is. Registers: 128 sums, 16 of A, 4 of B, metadata 4 or 8; hence two blocks an SM.
+// Floors of 128 x 128 and a k-step, in clocks of an SM of sm_80, which makes 4096 products of 8 bits a clock, pruned ones
+// counted, 2048 of 16: products 256. Shared memory: A 2 KiB and B 4 KiB of each warp, 24 KiB, and what is copied, 128 x 64
+// bytes of x and 128 x 36 (40 at 8 bits) of weights, 12.5 KiB: 37 KiB at 128 bytes a clock, 292. So it is shared memory that
+// limits, to 88 %. L2: 50 bytes a clock. Registers: 128 sums, 16 of A, 4 of B, metadata 4 or 8: two blocks an SM. None of it
+// is measured.
 #include <cuda_runtime.h>
 
 #include "ampere.cuh"
@@ -53,8 +54,9 @@ struct Copier {
 
   const uint8_t *x, *w, *meta;  // of this thread's first unit in stage 0
   int64_t x_stride;
-  int last_row, w_stride, meta_stride;  // last_row: from the first of the thread on; bytes of a tile's k-steps, and of their words
-  int x_left;                           // bytes from this thread's unit to the end of a row
+  int last_row;               // of x, counted from the thread's first
+  int w_stride, meta_stride;  // bytes of a tile's values, and of its metadata
+  int x_left;                 // bytes from this thread's unit to the end of a row
 
   __device__ __forceinline__ Copier(const Sparse24Linear& p, int first_m, int first_n) {
     const int thread = threadIdx.x, groups = groups_of(p.K, ELEMENTS);
@@ -63,21 +65,23 @@ struct Copier {
     x_left = p.K * element_bytes(ELEMENTS) - thread % X_ROW * UNIT;
     x = static_cast<const uint8_t*>(p.x) + x_row * x_stride + thread % X_ROW * UNIT;
     last_row = p.epilogue.M - 1 - x_row;
-    w = static_cast<const uint8_t*>(p.values) + static_cast<int64_t>(first_n / TILE + thread / W_ROW) * w_stride + thread % W_ROW * UNIT;
-    const int meta_row = first_n / PAIR * WORDS_OF_PAIR<ELEMENTS> + thread / 32;
-    meta = reinterpret_cast<const uint8_t*>(p.meta) + static_cast<int64_t>(meta_row) * meta_stride + thread % 32 * 16;
+    const int64_t tile = first_n / TILE + thread / W_ROW;
+    w = static_cast<const uint8_t*>(p.values) + tile * w_stride + thread % W_ROW * UNIT;
+    const int64_t meta_row = first_n / PAIR * WORDS_OF_PAIR<ELEMENTS> + thread / 32;
+    meta = reinterpret_cast<const uint8_t*>(p.meta) + meta_row * meta_stride + thread % 32 * 16;
   }
 
   __device__ __forceinline__ void copy(int stage, uint32_t to) const {
     const int thread = threadIdx.x, x_at = stage * STAGE_INPUT_BYTES;
+    const int64_t w_at = static_cast<int64_t>(stage) * STEPS * TILE_BYTES;
 #pragma unroll
     for (int i = 0; i < X_TURNS; ++i)
-      copy_unit(to + swizzle128(thread * UNIT) + i * X_ROWS * STAGE_INPUT_BYTES, x + min(i * X_ROWS, last_row) * x_stride + x_at,
-                x_at < x_left);
+      copy_unit(to + swizzle128(thread * UNIT) + i * X_ROWS * STAGE_INPUT_BYTES,
+                x + min(i * X_ROWS, last_row) * x_stride + x_at, x_at < x_left);
     to += Stage::X_BYTES;
 #pragma unroll
     for (int i = 0; i < W_TURNS; ++i)
-      copy_unit(to + (i * THREADS + thread) * UNIT, w + static_cast<int64_t>(i * W_ROWS) * w_stride + stage * (STEPS * TILE_BYTES), true);
+      copy_unit(to + (i * THREADS + thread) * UNIT, w + i * W_ROWS * static_cast<int64_t>(w_stride) + w_at, true);
     to += Stage::W_BYTES;
 #pragma unroll
     for (int i = 0; i < META_TURNS; ++i)
@@ -192,12 +196,12 @@ void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, 
 }  // namespace pyvit_accel
 
 // The kernels: name, elements, features, tokens, stages, blocks of an SM.
-#define OF_ELEMENTS(KERNEL, NAME, ELEMENTS)         \
-  KERNEL(NAME##_128x128, ELEMENTS, 128, 128, 3, 2)  \
-  KERNEL(NAME##_64x64, ELEMENTS, 64, 64, 4, 3)      \
+#define OF_ELEMENTS(KERNEL, NAME, ELEMENTS)        \
+  KERNEL(NAME##_128x128, ELEMENTS, 128, 128, 3, 2) \
+  KERNEL(NAME##_64x64, ELEMENTS, 64, 64, 4, 3)     \
   KERNEL(NAME##_64x32, ELEMENTS, 64, 32, 4, 4)
-#define KERNELS(KERNEL)                                        \
-  OF_ELEMENTS(KERNEL, sparse24_linear_sm80_s8, pyvit_accel::INT8)    \
+#define KERNELS(KERNEL)                                               \
+  OF_ELEMENTS(KERNEL, sparse24_linear_sm80_s8, pyvit_accel::INT8)     \
   OF_ELEMENTS(KERNEL, sparse24_linear_sm80_f16, pyvit_accel::FLOAT16) \
   OF_ELEMENTS(KERNEL, sparse24_linear_sm80_bf16, pyvit_accel::BFLOAT16)
 
@@ -214,7 +218,7 @@ namespace pyvit_accel {
 Sparse24LinearConfigs sparse24_linear_sm80() {
 #define DESCRIBE(NAME, ELEMENTS, FEATURES, TOKENS, STAGES, BLOCKS_PER_SM)                                  \
   {#NAME, reinterpret_cast<const void*>(&NAME), 80, ELEMENTS, FEATURES, TOKENS, THREADS,                   \
-   STAGES * StageLayout<ELEMENTS, FEATURES, TOKENS>::BYTES, BLOCKS_PER_SM, 4096, prepare},
+   STAGES * StageLayout<ELEMENTS, FEATURES, TOKENS>::BYTES, BLOCKS_PER_SM, 4096, false, prepare},
   static const Sparse24LinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
   return {configs, sizeof(configs) / sizeof(configs[0])};

@@ -1,34 +1,38 @@
-// y = epilogue(x w^T), w 2:4 sparse, for Hopper: wgmma.sp with the weights from registers, x brought by TMA.
+// y = epilogue(x w^T), w 2:4 sparse, for Hopper: wgmma.sp, weights from registers or from shared memory.
 //
 //     x             (M, x_stride)  int8 | float16 | bfloat16, K-major
-//     values, meta  P24 v1, formats/sparse24.py
+//     values, meta  P24 v1, formats/sparse24.py; FROM_ROWS: rows (features, steps, 32 bytes) instead of values
 //     y             (M, N)  int8: float32 or int8 codes; 16 bits: their type or int8 codes; epilogue.cuh
 //
 // The grid is persistent: a block takes tiles blockIdx.x, + gridDim.x .. of FEATURES x TOKENS. One thread copies x ahead, 128
 // bytes of every token a stage, as far as there are stages, across tiles too; 128 threads (a consumer) multiply each 128
 // features. Blocks of 128 tokens come in clusters of two, of the same tokens: each copies half of x, to both:
 //
-//     global                        shared, 128-byte swizzle     registers
-//     x rows of 128 bytes           [TOKENS][128]                never: operand B of wgmma is read from shared memory
-//     values, 2 tiles x 2 k-steps                                ld.global.v4: A of four m64 wgmmas; a stage ahead
-//     metadata of them                                           ld.global.v2, likewise
+//     global                        shared                               registers
+//     x rows of 128 bytes           [TOKENS][128], 128-byte swizzle      never: operand B is read from shared memory
+//     values, 2 tiles x 2 k-steps   never                                ld.global.v4: A of four m64 wgmmas, a stage ahead
+//     FROM_ROWS: rows of 64 bytes   [2][FEATURES / 2][64], 64-byte       never: operand A is read from shared memory
+//     metadata of 2 k-steps         never                                ld.global.v2, a stage ahead
 //
-//     producer    wait empty[i]   announce, copy x (to all blocks of the cluster); i goes round the stages
-//     consumer    wait full[i]    four wgmmas; load A of the next stage, of the next tile too; wait; arrive at empty[i] (of all)
+//     producer    wait empty[i]   announce, copy x (to all blocks of the cluster), rows; i goes round the stages
+//     consumer    wait full[i]    load A of the next stage, or of the next tile; four wgmmas; wait; arrive at empty[i] (of all)
 //
-// Packed weights lie in the order of registers, so they need no shared memory, whose bandwidth is what limits a sparse wgmma:
-// m64nTk takes T / 2 clocks and reads 64 T bytes of x, all of the 128 a clock there are. What is copied comes on top. In
-// clocks of an SM per k-step of a tile, and bytes of L2 (24 to 46 a clock, by others' measurements):
+// A warp's rows of the first m64 are a tile of 16 features, those of the second the next one, so that one word is the
+// metadata of both (sparse24.cuh). FROM_ROWS the copies put even tiles first and odd ones behind them, to the same end.
 //
-//     features x tokens   cluster   products   shared memory   L2 bytes a clock
-//     128 x 128           2         128        128 + 64        68, two blocks an SM
-//     256 x 128           2         256        256 + 64        52
-//     128 x 64            1         64         64 + 32         136, two blocks an SM
+// m64nTk takes T / 2 clocks and reads 64 T bytes of x from shared memory: all of the 128 a clock there are. What is copied
+// comes on top. In clocks of an SM per k-step of a tile, and bytes of L2 (24 to 46 a clock, by others' measurements):
 //
-// so 256 x 128 reaches 80 % of its products' rate where L2 keeps up, and values in shared memory, written and read there,
-// would take 64 clocks more. After K = 768 of 16 bits, 6144 clocks of products, the epilogue has 28 instructions an output (60
-// with GELU) for 128 lanes a clock, 7000 to 15000 clocks: two blocks of 128 x 128 on an SM hide their products under each
-// other's. None of it is measured; the plan (sparse24_linear.cu) chooses by these numbers.
+//     features x tokens   cluster   products   shared memory          from rows   L2, 16 bits
+//     256 x 128           2         256        256 + 64               + 64 + 64   52
+//     128 x 128           2         128        128 + 64               + 32 + 32   68, two blocks an SM
+//     128 x 64            1         64         64 + 32                            136, two blocks an SM
+//
+// So 256 x 128 reaches 80 % of its products' rate where L2 keeps up, and 57 % from rows, which are written and read. Fragment
+// order is what makes registers cheap: 20 bytes of a lane for a k-step of 16 features, as they lie. After K = 768 of 16 bits,
+// 6144 clocks of products, the epilogue has 21 instructions an output (53 with an activation) for 128 lanes a clock, 5400 to
+// 13600 clocks: two blocks of 128 x 128 on an SM hide their products under each other's. None of this is measured; the plan
+// (sparse24_linear.cu) chooses by it, and FROM_ROWS is there for a GPU to say whether registers are the better source.
 //
 // A consumer waits for its four wgmmas before the next four, so that their registers are free: the other consumer, or the
 // other block, has four of its own under way meanwhile, 256 clocks. A of the next stage arrives in that time too. What lies
@@ -46,10 +50,11 @@
 namespace pyvit_accel {
 namespace {
 
-// CONSUMERS: warpgroups that multiply, of 128 features each.
-template <int ELEMENTS_, int CONSUMERS_, int TOKENS_>
+// CONSUMERS: warpgroups that multiply, of 128 features each. FROM_ROWS: weights come from shared memory, not from registers.
+template <int ELEMENTS_, int CONSUMERS_, int TOKENS_, bool FROM_ROWS_>
 struct SparseTile {
   static constexpr int ELEMENTS = ELEMENTS_, CONSUMERS = CONSUMERS_, TOKENS = TOKENS_;
+  static constexpr bool FROM_ROWS = FROM_ROWS_;
   static constexpr int FEATURES = 128 * CONSUMERS;
   static constexpr int BLOCKS_PER_SM = CONSUMERS == 1 ? 2 : 1;
   static constexpr int CLUSTER = TOKENS < 128 ? 1 : 2;   // blocks of the same tokens, each of which copies its share to all
@@ -57,12 +62,14 @@ struct SparseTile {
   static constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : 240, PRODUCER_REGISTERS = 24;
 
   static constexpr int GROUP_M = 16;  // token tiles that in turn share a column of weights in L2
-  static constexpr int X_BYTES = TOKENS * STAGE_INPUT_BYTES, STAGE_BYTES = X_BYTES;
+  // A stage: x, then the kept weights of even tiles of 16 features, then of odd ones.
+  static constexpr int X_BYTES = TOKENS * STAGE_INPUT_BYTES, W_BYTES = FROM_ROWS ? FEATURES * STAGE_INPUT_BYTES / 2 : 0;
+  static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
   static constexpr int X_PART_TOKENS = TOKENS / CLUSTER, X_PART_BYTES = X_BYTES / CLUSTER;  // that a block copies
   static_assert(X_PART_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
   // Of 227 KiB, or 113 when two blocks share it; the rest is L1's, through which the weights come.
-  static constexpr int STAGES = 6;
+  static constexpr int STAGES = FROM_ROWS && BLOCKS_PER_SM == 2 ? 4 : 6;
   static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + 16);
   static_assert(SHARED_BYTES <= (BLOCKS_PER_SM == 2 ? 113 : 227) * 1024);
 
@@ -74,6 +81,7 @@ struct SparseTile {
 // The parameters of every kernel.
 struct SparseParams {
   alignas(64) uint8_t x_map[128];  // (K, M), box 128 bytes x X_PART_TOKENS, 128-byte swizzle
+  alignas(64) uint8_t w_map[128];  // FROM_ROWS: (K / 2, 16, 2, pairs of tiles), box 64 bytes x 16 x 1 x FEATURES / 32, 64-byte
   Epilogue epilogue;
   const uint8_t* values;
   const uint8_t* meta;
@@ -106,21 +114,26 @@ struct Tiles {
 template <class Tile>
 __device__ __forceinline__ void produce(const SparseParams& p, Stages<Tile> at) {
   hopper::prefetch_tensor_map(p.x_map);
+  if constexpr (Tile::FROM_ROWS) hopper::prefetch_tensor_map(p.w_map);
   const Tiles<Tile> tiles(p.epilogue);
   for (uint32_t tile = tiles.first(); tile < tiles.end(); tile += tiles.step()) {
     const Corner corner = tiles.corner(tile);
     for (int stage = 0; stage < p.stages; ++stage, at.next()) {
       hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
       uint64_t* const full = at.full + at.stage;
-      hopper::mbarrier_arrive_expect(full, Tile::STAGE_BYTES);  // all of it, though some may lie outside x
+      hopper::mbarrier_arrive_expect(full, Tile::STAGE_BYTES);  // all of it, though some may lie outside the tensors
       const int input = stage * inputs_of_stage(Tile::ELEMENTS);
       if constexpr (Tile::CLUSTER == 1) {
         hopper::tma_load(at.x(), p.x_map, full, input, corner.m);
       } else {
         constexpr uint16_t ALL = (1 << Tile::CLUSTER) - 1;
         const uint32_t part = rank<Tile>();
-        hopper::tma_load_to(ALL, at.x() + part * Tile::X_PART_BYTES, p.x_map, full, input, corner.m + part * Tile::X_PART_TOKENS);
+        hopper::tma_load_to(ALL, at.x() + part * Tile::X_PART_BYTES, p.x_map, full, input,
+                            corner.m + part * Tile::X_PART_TOKENS);
       }
+      if constexpr (Tile::FROM_ROWS)
+        for (int i = 0; i < 2; ++i)
+          hopper::tma_load(at.w() + i * Tile::W_BYTES / 2, p.w_map, full, input / 2, 0, i, corner.n / PAIR);
     }
   }
   // The other blocks still arrive here, which they could not if this one were gone.
@@ -128,7 +141,7 @@ __device__ __forceinline__ void produce(const SparseParams& p, Stages<Tile> at) 
     for (int i = 0; i < Tile::STAGES; ++i, at.next()) hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
 }
 
-// A stage of this warp's weights, a pair of tiles, in registers.
+// A stage of this warp's weights, a pair of tiles, in registers: metadata alone when values come from shared memory.
 template <class Tile>
 struct Weights {
   static constexpr int WORDS = WORDS_OF_PAIR<Tile::ELEMENTS>;
@@ -136,14 +149,16 @@ struct Weights {
   uint32_t e[WORDS][STEPS];
 
   __device__ __forceinline__ void pin() {
+    if constexpr (!Tile::FROM_ROWS) {
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) hopper::pin(a[k][0]), hopper::pin(a[k][1]);
+      for (int k = 0; k < STEPS; ++k) hopper::pin(a[k][0]), hopper::pin(a[k][1]);
+    }
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) hopper::pin(e[i]);
   }
 };
 
-// Where a lane's weights lie: of the pair of tiles from feature n on.
+// Where a lane's weights lie: of the pair of tiles from feature n on, in stage 0; advance() goes to the next one.
 template <class Tile>
 struct WeightPointers {
   static constexpr int WORDS = WORDS_OF_PAIR<Tile::ELEMENTS>;
@@ -155,43 +170,53 @@ struct WeightPointers {
     values = p.values + pair * 2 * p.groups * STEPS_PER_GROUP * TILE_BYTES + lane * UNIT;
     meta = p.meta + pair * WORDS * p.groups * GROUP_BYTES + lane * 16;
   }
-  __device__ __forceinline__ void load(Weights<Tile>& to, int stage, int groups) const {
+  __device__ __forceinline__ void load(Weights<Tile>& to, int groups) const {
+    if constexpr (!Tile::FROM_ROWS) {
+      const int64_t tile = static_cast<int64_t>(groups) * STEPS_PER_GROUP * TILE_BYTES;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint8_t* const tile = values + (static_cast<int64_t>(i) * groups * STEPS_PER_GROUP + stage * STEPS) * TILE_BYTES;
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int k = 0; k < STEPS; ++k) hopper::load_words_once(tile + k * TILE_BYTES, to.a[k][i]);
+        for (int k = 0; k < STEPS; ++k) hopper::load_words_once(values + i * tile + k * TILE_BYTES, to.a[k][i]);
     }
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i)
-      hopper::load_words(meta + (static_cast<int64_t>(i) * groups + stage / 2) * GROUP_BYTES + stage % 2 * 8, to.e[i]);
+    for (int i = 0; i < WORDS; ++i) hopper::load_words(meta + i * (static_cast<int64_t>(groups) * GROUP_BYTES), to.e[i]);
+  }
+  __device__ __forceinline__ void advance(int from) {  // stages 2 i and 2 i + 1 are of one group
+    values += STEPS * TILE_BYTES;
+    meta += from % 2 ? GROUP_BYTES - 8 : 8;
   }
 };
 
-// The products of a tile, whose first weights are in `next`; leaves there the first ones from `after`. Returns when they are
-// done and their stages are given back.
+// The products of a tile, whose first weights are in `next`; leaves there those of the tile after, which `weights` then points
+// to. Returns when they are done and their stages are given back.
 template <class Tile>
 __device__ __forceinline__ void multiply_tile(Sum<Tile::ELEMENTS> (&sums)[2][Tile::TOKENS / 2], const SparseParams& p,
-                                              const WeightPointers<Tile>& weights, const WeightPointers<Tile>& after,
+                                              WeightPointers<Tile>& weights, const WeightPointers<Tile>& after,
                                               Weights<Tile>& next, Stages<Tile>& at) {
+  constexpr int WORDS = Weights<Tile>::WORDS, SECOND = WORDS == 1 ? 1 : 0;  // selector: the other half of the same words
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int stage = 0; stage < p.stages; ++stage, at.next()) {
     Weights<Tile> now = next;
     now.pin();
-    const bool last = stage + 1 == p.stages;
-    WeightPointers<Tile> from = weights;
-    from.values = last ? after.values : weights.values, from.meta = last ? after.meta : weights.meta;
-    from.load(next, last ? 0 : stage + 1, p.groups);
+    weights.advance(stage);
+    if (stage + 1 == p.stages) weights = after;
+    weights.load(next, p.groups);  // before the products: the assembler waits after each when it finds such loads among them
     hopper::mbarrier_wait(at.full + at.stage, at.parity);
     const uint64_t x = hopper::swizzled_operand(at.x());
     hopper::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
-      constexpr int SECOND = Tile::ELEMENTS == INT8 ? 0 : 1;  // selector: the other half of the same words
-      hopper::wgmma_sparse<Tile::ELEMENTS, 0, Tile::TOKENS>(sums[0], now.a[k][0], now.e[0][k], x + 4 * k, stage + k > 0);
-      hopper::wgmma_sparse<Tile::ELEMENTS, SECOND, Tile::TOKENS>(sums[1], now.a[k][1], now.e[Weights<Tile>::WORDS - 1][k], x + 4 * k,
-                                                                 stage + k > 0);
+      const uint32_t e0 = now.e[0][k], e1 = now.e[WORDS - 1][k];
+      if constexpr (Tile::FROM_ROWS) {
+        const uint64_t a0 = hopper::kept_operand(at.w() + threadIdx.x / 128 * (64 * STAGE_INPUT_BYTES / 2)) + 2 * k;
+        const uint64_t a1 = a0 + Tile::W_BYTES / 2 / 16;
+        hopper::wgmma_sparse<Tile::ELEMENTS, 0, Tile::TOKENS>(sums[0], a0, e0, x + 4 * k, stage + k > 0);
+        hopper::wgmma_sparse<Tile::ELEMENTS, SECOND, Tile::TOKENS>(sums[1], a1, e1, x + 4 * k, stage + k > 0);
+      } else {
+        hopper::wgmma_sparse<Tile::ELEMENTS, 0, Tile::TOKENS>(sums[0], now.a[k][0], e0, x + 4 * k, stage + k > 0);
+        hopper::wgmma_sparse<Tile::ELEMENTS, SECOND, Tile::TOKENS>(sums[1], now.a[k][1], e1, x + 4 * k, stage + k > 0);
+      }
     }
     hopper::wgmma_commit();
     hopper::wgmma_wait<0>();
@@ -238,7 +263,7 @@ __device__ __forceinline__ void consume(const SparseParams& p, Stages<Tile> at) 
   Corner corner = tiles.corner(tiles.first());
   WeightPointers<Tile> weights(p, corner.n + warp * PAIR);
   Weights<Tile> next;
-  weights.load(next, 0, p.groups);
+  weights.load(next, p.groups);
   for (uint32_t tile = tiles.first(); tile < tiles.end(); tile += tiles.step()) {
     const Corner next_corner = tiles.corner(min(tile + tiles.step(), tiles.end() - 1));
     const WeightPointers<Tile> after(p, next_corner.n + warp * PAIR);
@@ -258,7 +283,7 @@ __device__ __forceinline__ void consume(const SparseParams& p, Stages<Tile> at) 
         complete<Output<Tile::ELEMENTS>>(p.epilogue, features, m + turn * Tile::AT_ONCE * 8, n, of);
       __syncwarp();  // lanes beyond M or N were elsewhere; exchange() and wgmma take whole warps
     }
-    corner = next_corner, weights = after;
+    corner = next_corner;
   }
 }
 
@@ -308,31 +333,43 @@ void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig&, int sm_
   const int64_t clusters = std::max(1, sm_count * Tile::BLOCKS_PER_SM / Tile::CLUSTER);
   launch.grid = static_cast<uint32_t>(std::min(tiles, clusters) * Tile::CLUSTER);
 
-  launch.num_maps = 1;
+  launch.num_maps = Tile::FROM_ROWS ? 2 : 1;
   TensorMap& x = launch.maps[0];
   x.base = reinterpret_cast<uint64_t>(problem.x);
   x.rank = 2, x.element_bytes = bytes, x.swizzle = 1, x.offset = offsetof(SparseParams, x_map);
   x.dims[0] = problem.K, x.dims[1] = e.M;
-  x.strides[0] = e.M > 1 ? problem.x_stride : 16 * ceil_div(static_cast<int64_t>(problem.K) * bytes, 16);  // a single row's means nothing
+  const int64_t row_bytes = 16 * ceil_div(static_cast<int64_t>(problem.K) * bytes, 16);
+  x.strides[0] = e.M > 1 ? problem.x_stride : row_bytes;  // a single row's means nothing
   x.box[0] = inputs_of_stage(Tile::ELEMENTS), x.box[1] = Tile::X_PART_TOKENS;
+  if constexpr (Tile::FROM_ROWS) {
+    const uint64_t kept_bytes = params.groups * STEPS_PER_GROUP * STEP_BYTES / 2;  // of a row
+    TensorMap& w = launch.maps[1];
+    w.base = reinterpret_cast<uint64_t>(problem.rows);
+    w.rank = 4, w.element_bytes = bytes, w.swizzle = 2, w.offset = offsetof(SparseParams, w_map);
+    w.dims[0] = kept_bytes / bytes, w.dims[1] = TILE, w.dims[2] = 2, w.dims[3] = ceil_div(e.N, 128) * (128 / PAIR);
+    w.strides[0] = kept_bytes, w.strides[1] = TILE * kept_bytes, w.strides[2] = PAIR * kept_bytes;
+    w.box[0] = inputs_of_stage(Tile::ELEMENTS) / 2, w.box[1] = TILE, w.box[2] = 1, w.box[3] = Tile::FEATURES / PAIR;
+  }
 }
 
 }  // namespace
 }  // namespace pyvit_accel
 
-// The kernels: name, elements, consumers, tokens.
-#define OF_ELEMENTS(KERNEL, NAME, ELEMENTS) \
-  KERNEL(NAME##_256x128, ELEMENTS, 2, 128)  \
-  KERNEL(NAME##_128x128, ELEMENTS, 1, 128)  \
-  KERNEL(NAME##_128x64, ELEMENTS, 1, 64)    \
-  KERNEL(NAME##_128x32, ELEMENTS, 1, 32)
+// The kernels: name, elements, consumers, tokens, whether weights come from shared memory.
+#define OF_ELEMENTS(KERNEL, NAME, ELEMENTS)           \
+  KERNEL(NAME##_256x128, ELEMENTS, 2, 128, false)     \
+  KERNEL(NAME##_128x128, ELEMENTS, 1, 128, false)     \
+  KERNEL(NAME##_128x64, ELEMENTS, 1, 64, false)       \
+  KERNEL(NAME##_128x32, ELEMENTS, 1, 32, false)       \
+  KERNEL(NAME##_rows_256x128, ELEMENTS, 2, 128, true) \
+  KERNEL(NAME##_rows_128x128, ELEMENTS, 1, 128, true)
 #define KERNELS(KERNEL)                                               \
   OF_ELEMENTS(KERNEL, sparse24_linear_sm90_s8, pyvit_accel::INT8)     \
   OF_ELEMENTS(KERNEL, sparse24_linear_sm90_f16, pyvit_accel::FLOAT16) \
   OF_ELEMENTS(KERNEL, sparse24_linear_sm90_bf16, pyvit_accel::BFLOAT16)
 
-#define DEFINE(NAME, ELEMENTS, CONSUMERS, TOKENS)                                                         \
-  using NAME##_tile = pyvit_accel::SparseTile<ELEMENTS, CONSUMERS, TOKENS>;                               \
+#define DEFINE(NAME, ELEMENTS, CONSUMERS, TOKENS, FROM_ROWS)                                              \
+  using NAME##_tile = pyvit_accel::SparseTile<ELEMENTS, CONSUMERS, TOKENS, FROM_ROWS>;                    \
   extern "C" __global__ void __launch_bounds__(NAME##_tile::THREADS, NAME##_tile::BLOCKS_PER_SM)          \
       NAME(const __grid_constant__ pyvit_accel::SparseParams p) {                                         \
     pyvit_accel::sparse24_linear<NAME##_tile>(p);                                                         \
@@ -346,13 +383,13 @@ namespace {
 template <class Tile>
 Sparse24LinearConfig describe(const char* name, const void* function) {
   return {name, function, 90, Tile::ELEMENTS, Tile::FEATURES, Tile::TOKENS, Tile::THREADS, Tile::SHARED_BYTES,
-          Tile::BLOCKS_PER_SM, 8192, prepare<Tile>, Tile::CLUSTER};
+          Tile::BLOCKS_PER_SM, 8192, Tile::FROM_ROWS, prepare<Tile>, Tile::CLUSTER};
 }
 
 }  // namespace
 
 Sparse24LinearConfigs sparse24_linear_sm90() {
-#define DESCRIBE(NAME, ELEMENTS, CONSUMERS, TOKENS) describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)),
+#define DESCRIBE(NAME, ELEMENTS, CONSUMERS, TOKENS, FROM_ROWS) describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)),
   static const Sparse24LinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
   return {configs, sizeof(configs) / sizeof(configs[0])};

@@ -46,6 +46,7 @@ class Sparse24Linear(ctypes.Structure):
         ("x_stride", c_int64),
         ("values", c_void_p),
         ("meta", c_void_p),
+        ("rows", c_void_p),
         ("K", c_int32),
         ("elements", c_int32),
         ("epilogue", Epilogue),
@@ -63,7 +64,7 @@ def _functions() -> ctypes.CDLL:
 
 @cache
 def configs() -> tuple[str, ...]:
-    """The names of the kernels: sparse24_linear_sm<arch>_<s8 | f16 | bf16>_<features>x<tokens of a block>."""
+    """The names of the kernels: sparse24_linear_sm<arch>_<s8 | f16 | bf16>[_rows]_<features>x<tokens of a block>."""
     names, name_of = [], _functions().pyvit_accel_sparse24_linear_config
     while name := name_of(len(names)):
         names.append(name.decode())
@@ -100,12 +101,14 @@ def problem(
     y: Tensor, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, x_scale: Tensor | None,
     w_scale: Tensor | None, w_sum: Tensor | None, x_zero_point: int, activation: str, layer_scale: Tensor | None,
     residual: Tensor | None, out_scale: Tensor | None, out_zero_point: int, out_bits: int, K: int,
+    rows: Tensor | None = None,
 ) -> Sparse24Linear:  # fmt: skip
     """The C structure of a call. It owns nothing: the tensors must outlive it, aligned and contiguous as launched."""
     M, N = y.shape
     vectors = (x_scale, w_scale, bias, layer_scale, residual, out_scale)
     return Sparse24Linear(
-        x.data_ptr(), x.stride(0) * x.element_size(), values.data_ptr(), meta.data_ptr(), K, ELEMENTS.index(x.dtype),
+        x.data_ptr(), x.stride(0) * x.element_size(), values.data_ptr(), meta.data_ptr(), _pointer(rows), K,
+        ELEMENTS.index(x.dtype),
         Epilogue(
             *map(_pointer, vectors), y.data_ptr(), _pointer(w_sum), 64, 0 if residual is None else residual.stride(0),
             M, N, x_zero_point, out_zero_point, out_bits, ACTIVATIONS.index(activation),
@@ -172,8 +175,12 @@ def sparse24_linear(
     w_dense: Tensor | None = None,
     *,
     config: str | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """config: the name of the kernel, one of configs(), which runs on this GPU and has this dtype; None chooses."""
+    """config: the name of the kernel, one of configs(), which runs on this GPU and has this dtype; None chooses.
+
+    rows: sparse24.rows_of(values), which the kernels with _rows_ in their name need; None chooses them never.
+    """
     y = empty_result(x, out_features, out_scale)
     if y.numel():
         kept = arguments(
@@ -183,7 +190,7 @@ def sparse24_linear(
         with torch.cuda.device_of(x):
             stream = torch.cuda.current_stream(x.device).cuda_stream
             capability, sm_count = _device(x.device.index)
-            of, config_index = problem(y, *kept), _config_index(config)
+            of, config_index = problem(y, *kept, rows), _config_index(config)
             check(_functions().pyvit_accel_sparse24_linear(byref(of), capability, sm_count, config_index, stream))
     return y
 
