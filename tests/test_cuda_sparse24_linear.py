@@ -196,7 +196,7 @@ BUGS = {  # kernel, pattern, new text, which match, what is said
     "a stage given back while it is read": (HOPPER, r"wgmma\.wait_group\.sync\.aligned 0;", "", 0, "a wgmma reads"),
     "the producer does not wait": (HOPPER, WAIT, "setp.eq.s32 p, 0, 0;", -1, "race|more than its 1 arrivals"),
     "metadata beyond the weight": (
-        HOPPER, r"(ld\.global\.nc\.v2\.u32 [^\[]*\[%rd\d+)\]", r"\1+65536]", 0, "out-of-bounds"),
+        HOPPER, r"(ld\.global\.v2\.u32 [^\[]*\[%rd\d+)\]", r"\1+65536]", 0, "out-of-bounds"),
 }  # fmt: skip
 
 

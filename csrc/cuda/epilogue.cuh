@@ -27,14 +27,14 @@ struct Features {
   int32_t zero[4];  // x_zero_point w_sum
 };
 
-// p[n .. n + 3], 0 beyond N. vectors: N, n and p allow 16 bytes at once.
+// p[n .. n + 3], 0 beyond N. vectors: N, n and p allow 16 bytes at once. No __ldg: the launch before may still write p.
 DEVICE void load4(const float* p, int n, int N, bool vectors, float (&to)[4]) {
   if (vectors) {
-    const float4 v = __ldg(reinterpret_cast<const float4*>(p + n));
+    const float4 v = *reinterpret_cast<const float4*>(p + n);
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = n + i < N ? __ldg(p + n + i) : 0.0f;
+    for (int i = 0; i < 4; ++i) to[i] = n + i < N ? p[n + i] : 0.0f;
   }
 }
 
@@ -46,7 +46,7 @@ DEVICE Features load_features(const Epilogue& e, int n) {
   if constexpr (SCALED) {
     load4(e.w_scale, n, e.N, e.vectors, f.scale);
     if (!e.x_scale_per_row) {
-      const float x_scale = __ldg(e.x_scale);
+      const float x_scale = *e.x_scale;
 #pragma unroll
       for (int i = 0; i < 4; ++i) f.scale[i] = x_scale * f.scale[i];
     }
@@ -55,7 +55,7 @@ DEVICE Features load_features(const Epilogue& e, int n) {
   if (e.layer_scale) load4(e.layer_scale, n, e.N, e.vectors, f.layer_scale);
   if (SCALED && e.x_zero_point) {
     const uint8_t* header = e.w_packed + n / TILE * e.w_stride;
-    const int4 sums = __ldg(reinterpret_cast<const int4*>(header) + n % TILE / 4);
+    const int4 sums = reinterpret_cast<const int4*>(header)[n % TILE / 4];
     f.zero[0] = e.x_zero_point * sums.x, f.zero[1] = e.x_zero_point * sums.y;
     f.zero[2] = e.x_zero_point * sums.z, f.zero[3] = e.x_zero_point * sums.w;
   }
@@ -65,7 +65,7 @@ DEVICE Features load_features(const Epilogue& e, int n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) f.inv_scale[i] = divide(1.0f, f.inv_scale[i]);
     } else {
-      const float inv_scale = divide(1.0f, __ldg(e.out_scale));
+      const float inv_scale = divide(1.0f, *e.out_scale);
 #pragma unroll
       for (int i = 0; i < 4; ++i) f.inv_scale[i] = inv_scale;
     }
@@ -178,7 +178,7 @@ DEVICE void finish(const Epilogue& e, const Features& f, int m, int n, const int
   if (e.x_scale_per_row) {
 #pragma unroll
     for (int j = 0; j < TOKENS; ++j) {
-      const float x_scale = __ldg(e.x_scale + min(m + j / 2 * 8 + j % 2, e.M - 1));
+      const float x_scale = *(e.x_scale + min(m + j / 2 * 8 + j % 2, e.M - 1));
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[j][i] = y[j][i] * (x_scale * f.scale[i]);
     }

@@ -27,14 +27,16 @@ __device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
                : "memory");
 }
 
-// From global memory, at multiples of their size; `once`: of what nobody on this SM reads again.
+// From global memory, at multiples of their size; `once`: of what nobody on this SM reads again. Not by ld.nc: the launch before
+// may still write it when this one begins.
 __device__ __forceinline__ void load_words_once(const void* from, uint32_t (&to)[4]) {
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "l"(__cvta_generic_to_global(from)));
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
 }
 __device__ __forceinline__ void load_words(const void* from, uint32_t (&to)[2]) {
-  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(__cvta_generic_to_global(from)));
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(__cvta_generic_to_global(from)) : "memory");
 }
 
 // ---- mbarrier: a phase completes when `arrivals` threads arrived and all bytes announced for it have landed ----
