@@ -5,8 +5,8 @@
 qkv, proj, fc1 and fc2 of every block, pruned without any training. The weights stay dense with zeros in them, in
 float32: what sparse24_linear computes, but for its rounding. Calibrated on training images, measured on validation
 images; "lost" and its standard error are of the same images in float32. The curve prunes the layers with the smallest
-output errors first, as the last full row reports them. --models digits takes the model and data that ship with the
-package, and needs no PYVIT_ACCEL_DATA.
+output errors first, as the last full row reports them. One row is fine-tuned on the 256 training images. --models
+digits takes the model and data that ship with the package, and needs no PYVIT_ACCEL_DATA.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from _sparsity_chart import write_sparsity_chart
+from _sparsity_finetune import finetuned
 from torch import Tensor, nn
 
 from pyvit_accel.commands import float_model
@@ -34,6 +35,7 @@ LAYERS = ("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc1", "blocks
 BATCH = 10
 BEST = "SparseGPT, permutation, refit"  # and a bias corrected, tokens weighed: all that prune does
 BAR = 0.5  # of what magnitude loses, that SparseGPT with permutation may lose
+TUNED, TUNING = f"{BEST}, fine-tuned", 256  # images
 SHARES = (0.25, 0.5, 0.75)  # of the layers, on the curve
 HEADER = ("model", "method", "layers", "images", "top-1", "lost", "+-", "same", "logit error", "kept", "output error")
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128, help="images")
     parser.add_argument("--images", type=int, help="only the first so many")
     parser.add_argument("--curve", type=int, default=325, help="images of the points of the curve")
+    parser.add_argument("--epochs", type=int, default=3, help="of the fine-tune; 0: no such row")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--chart", type=Path)
@@ -75,7 +78,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     rows: list[dict] = []
     for name in args.models:
-        for row in measure(name, args.calibration, args.images, args.curve):
+        for row in measure(name, args.calibration, args.images, args.curve, args.epochs):
             rows.append(row)
             if args.json:  # after each row: the run is long
                 write_json(args.json, {"machine": machine(), "said": verdicts(rows), "rows": rows})
@@ -84,39 +87,45 @@ def main() -> None:
         write_sparsity_chart(args.chart, rows)
 
 
-def measure(name: str, calibration: int, count: int | None, curve: int):
+def measure(name: str, calibration: int, count: int | None, curve: int, epochs: int):
     """The rows of one model, as they come."""
-    model, batches, pixels, labels = problem(name, calibration)
+    model, training, pixels, labels = problem(name)
+    batches, training = list(training[:calibration].split(BATCH)), training[:TUNING]
     pixels, labels = pixels[:count], labels[:count]
     exact = predict(model, pixels)
     yield {"model": name, "method": "float32", "seconds": 0.0} | summary(exact, exact, labels, [])
     for method in METHODS:
-        row, found = pruned(model, method, LAYERS, batches, pixels, labels, exact)
+        row, found, sparse = pruned(model, method, LAYERS, batches, pixels, labels, exact)
         yield {"model": name, "method": method.name} | row
+    if epochs:
+        start = time.perf_counter()
+        tuned = finetuned(sparse, model, training, [one.name for one in found], epochs)
+        row = summary(predict(tuned, pixels), exact, labels, found) | {"output_error": None}
+        yield {"model": name, "method": TUNED} | row | {"seconds": time.perf_counter() - start, "epochs": epochs}
     by_error = [one.name for one in sorted(found, key=lambda one: one.output_error)]
     few = slice(min(curve, len(pixels)))
     for share in SHARES:
         for method in CURVE:
             some = by_error[: round(share * len(by_error))]
-            row, _ = pruned(model, method, some, batches, pixels[few], labels[few], exact[few])
+            row, *_ = pruned(model, method, some, batches, pixels[few], labels[few], exact[few])
             yield {"model": name, "method": method.name} | row
 
 
-def problem(name: str, calibration: int) -> tuple[nn.Module, list[Tensor], Tensor, Tensor]:
-    """Model, batches to calibrate on, images to measure on, their labels."""
+def problem(name: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Model, images to calibrate on, images to measure on, their labels."""
     if name == DIGITS:
-        return (build_model(name), [digits_data("train")[0][:calibration]], *digits_data("test"))
+        return (build_model(name), digits_data("train")[0], *digits_data("test"))
     data = Path(os.environ["PYVIT_ACCEL_DATA"])
     model = float_model(name, str(data / "weights" / f"{name}.fp16.safetensors"), {})
-    images = ImageFolder.open(data / "imagenet_train_256").batches(224, 3, calibration)
+    images = ImageFolder.open(data / "imagenet_train_256").batches(224, 3, TUNING)
     folder = ImageFolder.open(data / "imagenet_val_227", data / "labels.json", 1000)
     pixels, labels = zip(*folder.batches(224, 3, 50), strict=True)
-    return model, list(next(images)[0].split(BATCH)), torch.cat(pixels), torch.cat(labels)
+    return model, next(images)[0], torch.cat(pixels), torch.cat(labels)
 
 
 def pruned(
     model: nn.Module, method: Method, layers, batches: list[Tensor], pixels: Tensor, labels: Tensor, exact: Tensor
-) -> tuple[dict, list[Pruned]]:
+) -> tuple[dict, list[Pruned], nn.Module]:
     sparse, start = deepcopy(model), time.perf_counter()
     found = prune(
         sparse, layers, batches if method.calibrated else (), method.method,
@@ -125,7 +134,7 @@ def pruned(
     )  # fmt: skip
     seconds = time.perf_counter() - start
     row = summary(predict(sparse, pixels), exact, labels, found)
-    return row | {"seconds": seconds, "report": [asdict(one) for one in found]}, found
+    return row | {"seconds": seconds, "report": [asdict(one) for one in found]}, found, sparse
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import sparsity_accuracy as study
+
+from pyvit_accel.sparsity import prune
 
 
 def test_summary_is_paired():
@@ -36,13 +39,28 @@ def test_verdict_is_of_all_layers():
     assert not study.verdicts(rows[:2])
 
 
+def test_fine_tune_keeps_zeros_and_nears_the_model():
+    pytest.importorskip("sklearn")
+    model, images, _, _ = study.problem("digits")
+    sparse = deepcopy(model)
+    names = [one.name for one in prune(sparse, study.LAYERS, method="magnitude")]
+    before = [parameter.clone() for parameter in sparse.parameters()]
+    tuned = study.finetuned(sparse, model, images[:64], names, 2)
+    for name in names:
+        was, now = (m.get_submodule(name).weight for m in (sparse, tuned))
+        assert not now[was == 0].any() and not torch.equal(was, now)
+    errors = [(study.predict(m, images[:64]) - study.predict(model, images[:64])).norm() for m in (sparse, tuned)]
+    assert errors[1] < 0.8 * errors[0]
+    assert all(torch.equal(a, b) for a, b in zip(sparse.parameters(), before, strict=True))
+
+
 def test_digits(tmp_path, monkeypatch, capsys):
     """Few images and two points of the curve; magnitude loses more than the best on this model too."""
     pytest.importorskip("sklearn")
     monkeypatch.setattr(study, "SHARES", (0.5,))
     monkeypatch.setattr(study, "METHODS", study.METHODS[::2])
     names = tmp_path / "study.json", tmp_path / "study.png"
-    counts = ["--calibration", "32", "--images", "120", "--curve", "60"]
+    counts = ["--calibration", "32", "--images", "120", "--curve", "60", "--epochs", "0"]
     written = ["--json", str(names[0]), "--chart", str(names[1])]
     monkeypatch.setattr(sys, "argv", ["", "--models", "digits", *counts, *written])
     study.main()
