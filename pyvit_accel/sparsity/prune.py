@@ -61,7 +61,7 @@ def prune(
 ) -> list[Pruned]:
     """Prune the linears whose dotted names match `layers` (globs), in place; one Pruned for each, in their order.
 
-    batches       calibration, as of observe; read once for every group of layers, so no generator
+    batches       calibration, as of observe; all are kept, for every group of layers is run on them
     permute       order the inputs of layers whose producer can follow (permute.pair_of) first
     sequential    a group of layers (those of one block) is calibrated on what the pruned groups before it give; False:
                   all of them on the float model, in one pass
