@@ -74,6 +74,7 @@ def extension():
         # Compiled for OpenMP, for at::parallel_for, but not linked with it: torch brings the one that must be used.
         extra_compile_args=[
             *("-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
+            "-g0",  # Python asks for -g, a third of the time and nine tenths of the file
             *(["-fopenmp"] if sys.platform == "linux" else []),
         ],
     )
