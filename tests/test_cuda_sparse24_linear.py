@@ -167,6 +167,12 @@ def test_ada_runs_the_kernels_of_sm_80():
     assert_reference(name, *arguments(35, 66, 100, torch.bfloat16, *EPILOGUES[1]), capability=89)
 
 
+def test_nothing_is_read_as_if_it_never_changed():
+    """A dependent launch begins while the one before may still write: what it reads is not read-only while it runs."""
+    texts = {module_with(ptx(90), name) for name in launcher.configs() if "_sm90_" in name}
+    assert texts and not any(re.search(r"\bld\.global\S*\.nc\b", text) for text in texts)
+
+
 def test_inputs_may_lie_anywhere():
     """Rows apart, misaligned, transposed: as they are where 16 bytes allow, else copied."""
     config, args = configs(90, "f16")[-1], arguments(7, 40, 24, torch.float16, parts="b+")
