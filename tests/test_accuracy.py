@@ -138,7 +138,8 @@ def test_digits(recipe):
     model, (pixels, labels) = digits_model(), digits_data("test")
     new, _ = accelerate(model, recipe, [digits_data("train")[0][:CALIBRATION]])
     predictions, truth = predict(new, pixels), predict(model, pixels)
-    # Of 599 images: one is 0.0017. Measured agreement: W4A4 0.988, W3A3 0.982, the others 0.992 to 1.
-    agreement, loss = {"W4A4": (0.98, 0.005), "W3A3": (0.965, 0.015)}.get(recipe.name, (0.99, 0.005))
+    # Of 599 images: one is 0.0017. Measured agreement: W4A4, SPARSE24 0.988, W3A3 0.982, the others 0.992 to 1.
+    bars = {"W4A4": (0.98, 0.005), "W3A3": (0.965, 0.015), "SPARSE24": (0.98, 0.01)}
+    agreement, loss = bars.get(recipe.name, (0.99, 0.005))
     assert (predictions == truth).double().mean() >= agreement
     assert (predictions == labels).double().mean() >= (truth == labels).double().mean() - loss
