@@ -38,5 +38,5 @@ def write_sparsity_chart(path: str | Path, rows: list[dict]) -> None:
         for axis in (bars, curve):
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("One-shot 2:4 pruning of qkv, proj, fc1 and fc2, no training", fontsize=11)
+    figure.suptitle("One-shot 2:4 pruning of qkv, proj, fc1 and fc2; trained: the fine-tuned row alone", fontsize=11)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))

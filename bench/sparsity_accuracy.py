@@ -2,7 +2,7 @@
 
     PYVIT_ACCEL_DATA=data python bench/sparsity_accuracy.py --json sparsity.json --chart sparsity.png
 
-qkv, proj, fc1 and fc2 of every block, pruned without any training. The weights stay dense with zeros in them, in
+qkv, proj, fc1 and fc2 of every block, pruned at once. The weights stay dense with zeros in them, in
 float32: what sparse24_linear computes, but for its rounding. Calibrated on training images, measured on validation
 images; "lost" and its standard error are of the same images in float32. The curve prunes the layers with the smallest
 output errors first, as the last full row reports them. One row is fine-tuned on the 256 training images. --models
