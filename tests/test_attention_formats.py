@@ -344,7 +344,7 @@ print(round(1024 * (peak_mib() - before)))
 
 @pytest.mark.parametrize("p", ["None", "softmax.linear_mantissa(3)", "softmax.linear_mantissa(3, 'lse')"])
 def test_memory_grows_with_the_tokens(p):
-    """KiB at 12288 tokens are at most some four times those at 4096, where scores of one head alone would be 576 MiB."""
+    """KiB at 12288 tokens are at most four times those at 4096, where scores of one head alone would be 576 MiB."""
     if not backends.HAS_CPU_KERNELS:
         pytest.skip("the reference holds all scores")
     fresh = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}  # memory that was freed before is not given out again
