@@ -2,6 +2,7 @@
 
 PYVIT_ACCEL_EXT=auto|cpu|cuda|off   auto (default) builds what this machine can and says what it could not; cpu builds
                                     the CPU kernels alone, and must; cuda must build the CUDA kernels, else as auto.
+                                    Kernels of an earlier build that an install does not build anew are removed.
 
 The CUDA kernels need nvcc of CUDA 12.8 or newer, on the PATH or under CUDA_HOME, and neither torch nor a GPU:
 `python setup.py build_cuda` builds them alone, into the source tree.
@@ -189,8 +190,31 @@ class BuildCudaStep(BuildCuda):
         return {}
 
 
+class DropKernels(Command):
+    """Removes the kernels that an earlier build left where this one puts its own: what it skips must not run."""
+
+    user_options: ClassVar[list] = []
+    editable_mode = False
+
+    def initialize_options(self):
+        self.folder = ROOT
+
+    def finalize_options(self):
+        if not self.editable_mode:
+            self.folder = Path(self.get_finalized_command("build").build_lib)
+
+    def run(self):
+        for path in [*self.folder.glob("pyvit_accel/_C*.so"), *self.folder.glob(CUDA_LIBRARY)]:
+            path.unlink()
+            say(f"removed {path}, of an earlier build")
+
+
 class Build(build):
-    sub_commands = (*build.sub_commands, ("build_cuda_step", lambda self: WANTED in ("auto", "cuda")))
+    sub_commands = (
+        ("drop_kernels", None),
+        *build.sub_commands,
+        ("build_cuda_step", lambda self: WANTED in ("auto", "cuda")),
+    )
 
 
 class Platform(Distribution):
@@ -221,6 +245,12 @@ setup(
     },
     entry_points={"console_scripts": ["pyvit-accel = pyvit_accel.cli:main"]},
     ext_modules=ext_modules,
-    cmdclass={**cmdclass, "build": Build, "build_cuda": BuildCuda, "build_cuda_step": BuildCudaStep},
+    cmdclass={
+        **cmdclass,
+        "build": Build,
+        "build_cuda": BuildCuda,
+        "build_cuda_step": BuildCudaStep,
+        "drop_kernels": DropKernels,
+    },
     distclass=Platform,
 )

@@ -79,7 +79,7 @@ def lowbit_linear(config: str, *args, loaded: Program | None = None, capability:
     given = dict(zip(("x", "x_scale", "w_packed", "w_scale", "bias"), kept[:5], strict=True))
     given |= dict(zip(("layer_scale", "residual", "out_scale"), kept[7:10], strict=True))
     sm = 90 if "_sm90_" in config else 80
-    launch = launcher.plan(launcher.problem(y, *kept), capability or sm, SM_COUNT, config)
+    launch = launcher.OP.plan(launcher.problem(y, *kept), capability or sm, SM_COUNT, config)
     emulate(launch, {name: t for name, t in given.items() if t is not None}, y, loaded, capability)
     return y
 

@@ -5,6 +5,7 @@
 #include "../csrc/cuda/fragments.cuh"
 #include "../csrc/cuda/lowbit_linear.h"
 #include "../csrc/cuda/scalar.cuh"
+#include "../csrc/cuda/sparse24_linear.h"
 
 namespace pyvit_accel {
 
@@ -41,6 +42,9 @@ const char* layouts() {
   STRUCT(LowbitLinear)
   FIELD(LowbitLinear, x) FIELD(LowbitLinear, x_stride) FIELD(LowbitLinear, K) FIELD(LowbitLinear, w_bits)
   FIELD(LowbitLinear, epilogue)
+  STRUCT(Sparse24Linear)
+  FIELD(Sparse24Linear, x) FIELD(Sparse24Linear, x_stride) FIELD(Sparse24Linear, values) FIELD(Sparse24Linear, meta)
+  FIELD(Sparse24Linear, rows) FIELD(Sparse24Linear, K) FIELD(Sparse24Linear, elements) FIELD(Sparse24Linear, epilogue)
   return text.c_str();
 }
 

@@ -7,6 +7,7 @@ import ctypes
 import shutil
 import subprocess
 from ctypes import c_float, c_int64, c_uint32
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ def floats(t):
 
 
 def test_structures_are_those_of_the_headers(host):
-    ours = {s.__name__: s for s in (built.TensorMap, built.Launch, launcher.Epilogue, launcher.LowbitLinear)}
+    sparse24 = import_module("pyvit_accel.cuda.sparse24_linear").Sparse24Linear
+    ours = (built.TensorMap, built.Launch, built.Epilogue, launcher.LowbitLinear, sparse24)
+    ours = {structure.__name__: structure for structure in ours}
     assert len(ours) == len(host.layouts().splitlines()) - 1
     for line in host.layouts().decode().splitlines()[1:]:
         head, *fields = line.split(",")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import runpy
 import shutil
@@ -75,6 +76,31 @@ def test_which_nvcc_builds_it(monkeypatch, tmp_path):
     assert find() is None
 
 
+@pytest.mark.parametrize("command", ["build", "editable_wheel"])
+def test_an_install_keeps_no_kernels_that_it_did_not_build(tmp_path, command):
+    """Of an earlier one, in the folder that is installed; an editable install's is the source tree."""
+    root = Path(__file__).parents[1]
+    for name in ("setup.py", "README.md"):
+        shutil.copy(root / name, tmp_path)
+    for package in ("pyvit_accel", "kernels"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "lib" / "pyvit_accel").mkdir(parents=True)
+    folders = [tmp_path / "pyvit_accel", tmp_path / "lib" / "pyvit_accel"]
+    for folder in folders:
+        for name in ("_C.cpython-311-x86_64-linux-gnu.so", built.PATH.name):
+            (folder / name).touch()
+    options = ["--build-lib", "lib"] if command == "build" else ["--dist-dir", "dist"]
+    made = subprocess.run(
+        [sys.executable, "setup.py", "-q", command, *options], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYVIT_ACCEL_EXT": "off"}, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    dropped = folders[command == "build"]
+    assert {folder: len(list(folder.glob("*.so"))) for folder in folders} == {f: 2 * (f != dropped) for f in folders}
+    assert made.stdout.count(", of an earlier build") == 2
+
+
 # What is said when it was not built, or not for this version.
 
 
@@ -122,12 +148,23 @@ def test_without_a_driver():
     """It loads, says why it cannot launch, and a launch is an error, not an abort."""
     assert cuda.status().startswith("yes, but nothing to run it on: ")
     assert cuda.device_error()
-    launch = launcher.plan(problem(3, 16, 32), 80, 108)
+    launch = launcher.OP.plan(problem(3, 16, 32), 80, 108)
     with pytest.raises(RuntimeError, match=r"^lowbit_linear_sm80_w8_64x32: .+ \(cudaError\w+\)$"):
         built.check(built.library().pyvit_accel_launch(ctypes.byref(launch), None))
 
 
 # Plans.
+
+
+@needs_library
+def test_a_launch_lies_where_c_may_store_aligned():
+    """The compiler writes parameters by stores that fault elsewhere; memory of Python is at multiples of 16."""
+    header = Path(__file__).parents[1] / "csrc" / "cuda" / "launch.h"
+    assert f"alignas({built.ALIGNMENT}) uint8_t params[1024];" in header.read_text()
+    launches = [launcher.OP.plan(problem(M), 80, 108) for M in range(1, 17)]
+    assert not any(ctypes.addressof(launch) % built.ALIGNMENT for launch in launches)
+    tokens = [launcher.LowbitLinear.from_buffer(launch.params).epilogue.M for launch in launches]
+    assert tokens == list(range(1, 17)), "each in memory of its own"
 
 
 def problem(M=4, N=16, K=32, w_bits=8, **changes):
@@ -136,7 +173,7 @@ def problem(M=4, N=16, K=32, w_bits=8, **changes):
     columns = -(-K // 16) * 16
     of = launcher.LowbitLinear(
         next(at), columns, K, w_bits,
-        launcher.Epilogue(
+        built.Epilogue(
             x_scale=next(at), w_scale=next(at), y=next(at), w_packed=next(at), M=M, N=N, out_bits=8,
             w_stride=packed_shape(N, K, w_bits)[1],
         ),
@@ -174,16 +211,16 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG)
 def test_what_cannot_be_computed(text):
     with pytest.raises(ValueError, match="^lowbit_linear: .*" + re.escape(text)):
-        launcher.plan(changed(problem(), **WRONG[text]), 80, 108, "lowbit_linear_sm80_w8_64x32")
+        launcher.OP.plan(changed(problem(), **WRONG[text]), 80, 108, "lowbit_linear_sm80_w8_64x32")
 
 
 @needs_library
 def test_tokens_beyond_the_last_tile_are_counted_too():
     """The last tile of a cluster ends up to two tiles beyond M; int32 holds all of its tokens."""
     config = "lowbit_linear_sm90_w8_256x176"
-    launcher.plan(problem(2**31 - 1 - 4 * 176, 16, 32), 90, 132, config)
+    launcher.OP.plan(problem(2**31 - 1 - 4 * 176, 16, 32), 90, 132, config)
     with pytest.raises(ValueError, match="more tiles of 256 x 176 than a grid has blocks"):
-        launcher.plan(problem(2**31 - 4 * 176, 16, 32), 90, 132, config)
+        launcher.OP.plan(problem(2**31 - 4 * 176, 16, 32), 90, 132, config)
 
 
 @needs_library
@@ -191,15 +228,15 @@ def test_what_cannot_be_chosen():
     for capability, sm_count in ((75, 40), (80, 0)):
         got = f"{capability // 10}.{capability % 10} with {sm_count} SMs"
         with pytest.raises(ValueError, match=f"capability {got}; the kernels need 8.0 or newer, and an SM"):
-            launcher.plan(problem(), capability, sm_count)
+            launcher.OP.plan(problem(), capability, sm_count)
     with pytest.raises(ValueError, match="there is no kernel 'fast'; use one of lowbit_linear_sm80_w8_128x128, "):
-        launcher.plan(problem(), 80, 108, "fast")
+        launcher.OP.plan(problem(), 80, 108, "fast")
     with pytest.raises(ValueError, match="w8_64x32 is for 8-bit weights on capability 80 or newer; got 4 bits on 80"):
-        launcher.plan(problem(w_bits=4), 80, 108, "lowbit_linear_sm80_w8_64x32")
-    for name in launcher.configs():
+        launcher.OP.plan(problem(w_bits=4), 80, 108, "lowbit_linear_sm80_w8_64x32")
+    for name in launcher.OP.configs():
         if "_sm90_w8_" in name:
             with pytest.raises(ValueError, match=f"{name} is for 8-bit weights on capability 90; got 8 bits on 100"):
-                launcher.plan(problem(), 100, 148, name)
+                launcher.OP.plan(problem(), 100, 148, name)
 
 
 def of_name(config):
@@ -214,11 +251,11 @@ SHAPES = [(1, 1, 1), (1, 768, 768), (197, 768, 3072), (1576, 2304, 768), (12608,
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_plan_can_be_launched(capability):
     """Of every kernel and shape, for GPUs of 1 to 148 multiprocessors; the problem is in the parameters as it came."""
-    for config in (c for c in launcher.configs() if capability == 90 or "_sm80_" in c):
+    for config in (c for c in launcher.OP.configs() if capability == 90 or "_sm80_" in c):
         w_bits, features, tokens = of_name(config)
         for M, N, K in SHAPES:
             for sm_count in (1, 20, 108, 132, 148):
-                launch = launcher.plan(problem(M, N, K, w_bits), capability, sm_count, config)
+                launch = launcher.OP.plan(problem(M, N, K, w_bits), capability, sm_count, config)
                 cluster = launch.cluster  # of neighbouring tokens
                 tiles = -(-M // (tokens * cluster)) * cluster * -(-N // features)
                 assert launch.kernel.decode() == config and launch.function
@@ -247,7 +284,7 @@ def check_map(m, launch):
 def test_two_blocks_fit_a_multiprocessor():
     """The large tile of an sm_80 kernel, of every architecture it runs on."""
     for capability in CAPABILITIES:
-        launch = launcher.plan(problem(12608, 768, 768), capability, 108, "lowbit_linear_sm80_w8_128x128")
+        launch = launcher.OP.plan(problem(12608, 768, 768), capability, 108, "lowbit_linear_sm80_w8_128x128")
         assert 2 * (launch.shared_bytes + 1024) <= SHARED_OF_SM[capability] * 1024
 
 
@@ -256,13 +293,13 @@ def test_two_blocks_fit_a_multiprocessor():
 def test_the_choice(w_bits):
     """The kernels of Hopper on Hopper, small tiles for few tokens, large ones for many."""
     for capability, sm_count in ((80, 108), (89, 142), (90, 132), (100, 148)):
-        few = launcher.plan(problem(1, 768, 768, w_bits), capability, sm_count).kernel.decode()
-        many = launcher.plan(problem(50432, 3072, 768, w_bits), capability, sm_count).kernel.decode()
+        few = launcher.OP.plan(problem(1, 768, 768, w_bits), capability, sm_count).kernel.decode()
+        many = launcher.OP.plan(problem(50432, 3072, 768, w_bits), capability, sm_count).kernel.decode()
         assert f"_sm{90 if capability == 90 else 80}_w{w_bits}_" in few and few.split("_")[:4] == many.split("_")[:4]
         _, features, tokens = of_name(few)
         _, most_features, most_tokens = of_name(many)
         assert tokens <= 32 and most_tokens >= 128 and most_features >= features
-    launch = launcher.plan(problem(50432, 3072, 768, w_bits), 80, 108)
+    launch = launcher.OP.plan(problem(50432, 3072, 768, w_bits), 80, 108)
     assert launch.kernel.decode().endswith("_128x128") and launch.grid == 394 * 24
 
 
@@ -271,7 +308,7 @@ def test_vectors_where_everything_allows_it():
     """Four features at a time when N, the residual's rows and all addresses are multiples of four, or of 16 bytes."""
 
     def vectors(N, **changes):
-        launch = launcher.plan(problem(4, N, 32, **changes), 80, 108)
+        launch = launcher.OP.plan(problem(4, N, 32, **changes), 80, 108)
         return launcher.LowbitLinear.from_buffer(launch.params).epilogue.vectors
 
     assert vectors(20)
@@ -309,7 +346,7 @@ def test_the_stride_of_a_single_tile_means_nothing():
     w = pack(torch.ones(48, 32, dtype=torch.int8))[::2][:1]
     assert w.is_contiguous() and w.stride(0) == 2 * w.shape[1]
     fit = launcher.arguments(x, scale[:1], w, scale, None, 0, "none", None, None, None, 0, 8)
-    launcher.plan(launcher.problem(torch.empty(3, 16), *fit), 90, 132)
+    launcher.OP.plan(launcher.problem(torch.empty(3, 16), *fit), 90, 132)
 
 
 def test_tensors_elsewhere_are_refused():
@@ -328,15 +365,15 @@ def test_the_owner_on_a_gpu(monkeypatch):
     """CUDA C++ on capability 9.0, for 4- and 8-bit weights and without an index; else the other launcher."""
     x, ran = torch.ones(2, 32, dtype=torch.int8), []
     monkeypatch.setattr(launcher, "lowbit_linear", lambda *args: ran.append("CUDA C++"))
-    monkeypatch.setattr(launcher, "_has_driver", lambda: True)
+    monkeypatch.setattr(launcher, "has_driver", lambda: True)
     launch = launcher.before(lambda *args: ran.append("Triton"))
     cases = [(90, 8, None, "CUDA C++"), (90, 4, None, "CUDA C++"), (90, 5, None, "Triton"), (90, 2, None, "Triton")]
     cases += [(90, 8, torch.zeros(1), "Triton"), (80, 8, None, "Triton"), (100, 4, None, "Triton")]
     for capability, bits, index, owner in cases:
-        monkeypatch.setattr(launcher, "_device", lambda _, capability=capability: (capability, 132))
+        monkeypatch.setattr(launcher, "device", lambda _, capability=capability: (capability, 132))
         launch(x, None, torch.empty(packed_shape(16, 32, bits)), *[None] * 9, index)
         assert ran.pop() == owner, (capability, bits)
-    monkeypatch.setattr(launcher, "_device", lambda _: (90, 132))
-    monkeypatch.setattr(launcher, "_has_driver", lambda: False)
+    monkeypatch.setattr(launcher, "device", lambda _: (90, 132))
+    monkeypatch.setattr(launcher, "has_driver", lambda: False)
     launch(x, None, torch.empty(packed_shape(16, 32)), *[None] * 9, None)
     assert ran.pop() == "Triton", "the driver is older than the library"

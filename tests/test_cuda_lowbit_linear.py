@@ -36,7 +36,7 @@ EPILOGUES = [  # activation, x_zero_point, parts, columns of out_scale (0: as ma
 
 
 def configs(arch, w_bits):
-    return [name for name in launcher.configs() if f"_sm{arch}_w{w_bits}_" in name]
+    return [name for name in launcher.OP.configs() if f"_sm{arch}_w{w_bits}_" in name]
 
 
 def case(shape, w_bits, epilogue, gap=3):
@@ -64,7 +64,7 @@ def test_every_epilogue(config, activation, out_columns, out_bits):
         assert_reference(config, *case(shape, w_bits, (activation, 3, parts, out_columns, out_bits)))
 
 
-@pytest.mark.parametrize("config", launcher.configs())
+@pytest.mark.parametrize("config", launcher.OP.configs())
 def test_extremes(config):
     """Every product at one end, in several rounds of the pipeline, and the largest zero point against them."""
     w_bits = 8 if "_w8_" in config else 4
@@ -93,7 +93,7 @@ def test_nothing_is_read_as_if_it_never_changed():
 
 def test_identity_returns_the_weight():
     """x = I: every code of the weight comes out where it belongs, in every feature's place of a tile."""
-    for name in launcher.configs():
+    for name in launcher.OP.configs():
         w_bits = 8 if "_w8_" in name else 4
         w = torch.randint(-(2 ** (w_bits - 1)), 2 ** (w_bits - 1), (130, 70), dtype=torch.int8)
         ones, x = torch.ones(130), torch.eye(70, dtype=torch.int8)

@@ -37,7 +37,7 @@ NAMES = ("x", "values", "meta", "bias", "x_scale", "w_scale", "w_sum")
 
 
 def configs(arch, dtype):
-    return [name for name in launcher.configs() if f"_sm{arch}_{dtype}_" in name]
+    return [name for name in launcher.OP.configs() if f"_sm{arch}_{dtype}_" in name]
 
 
 def dtype_of(config):
@@ -77,7 +77,7 @@ def sparse24_linear(config, *args, loaded=None, capability=0):
     sm = 90 if "_sm90_" in config else 80
     rows = sparse24.rows_of(kept[1]) if "_rows_" in config else None
     given["rows"] = rows
-    launch = launcher.plan(launcher.problem(y, *kept, rows), capability or sm, SM_COUNT, config)
+    launch = launcher.OP.plan(launcher.problem(y, *kept, rows), capability or sm, SM_COUNT, config)
     emulate(launch, {name: t for name, t in given.items() if t is not None}, y, loaded, capability)
     return y
 
@@ -124,7 +124,7 @@ def test_equals_the_reference(i, arch, bits):
     assert_reference(of[i % len(of)], *arguments(*SHAPES[i], DTYPES[dtype], *EPILOGUES[i % len(EPILOGUES)], gap=3))
 
 
-@pytest.mark.parametrize("config", launcher.configs())
+@pytest.mark.parametrize("config", launcher.OP.configs())
 def test_identity_returns_the_weight(config):
     """x = I: every kept element of the weight comes out where it belongs, of every place of a tile."""
     dtype, N, K = dtype_of(config), 66, 80
@@ -169,7 +169,7 @@ def test_ada_runs_the_kernels_of_sm_80():
 
 def test_nothing_is_read_as_if_it_never_changed():
     """A dependent launch begins while the one before may still write: what it reads is not read-only while it runs."""
-    texts = {module_with(ptx(90), name) for name in launcher.configs() if "_sm90_" in name}
+    texts = {module_with(ptx(90), name) for name in launcher.OP.configs() if "_sm90_" in name}
     assert texts and not any(re.search(r"\bld\.global\S*\.nc\b", text) for text in texts)
 
 
@@ -225,7 +225,7 @@ def problem(M=4, N=16, K=32, elements=1, **changes):
     """A valid problem at addresses that nobody reads, changed."""
     at = iter(range(1 << 20, 1 << 30, 1 << 20))
     row = -(-K * (1 if elements == 0 else 2) // 16) * 16
-    epilogue = launcher.Epilogue(y=next(at), M=M, N=N, out_bits=8)
+    epilogue = built.Epilogue(y=next(at), M=M, N=N, out_bits=8)
     if elements == 0:
         epilogue.x_scale, epilogue.w_scale, epilogue.w_packed, epilogue.w_stride = next(at), next(at), next(at), 64
     of = launcher.Sparse24Linear(next(at), row, next(at), next(at), next(at), K, elements, epilogue)
@@ -255,22 +255,22 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG)
 def test_what_cannot_be_computed(text):
     with pytest.raises(ValueError, match="^sparse24_linear: .*" + re.escape(text)):
-        launcher.plan(problem(**WRONG[text]), 80, 108, None if "elements" in WRONG[text] else AMPERE)
+        launcher.OP.plan(problem(**WRONG[text]), 80, 108, None if "elements" in WRONG[text] else AMPERE)
 
 
 def test_what_cannot_be_chosen():
     with pytest.raises(ValueError, match=r"x_zero_point=3 with the sums of the weights at \(nil\)"):
-        launcher.plan(problem(elements=0, x_zero_point=3, w_packed=None), 80, 108)
+        launcher.OP.plan(problem(elements=0, x_zero_point=3, w_packed=None), 80, 108)
     with pytest.raises(ValueError, match=r"capability 7.5 with 40 SMs; the kernels need 8.0 or newer, and an SM"):
-        launcher.plan(problem(), 75, 40)
+        launcher.OP.plan(problem(), 75, 40)
     with pytest.raises(ValueError, match="there is no kernel 'fast'; use one of sparse24_linear_sm80_s8_128x128, "):
-        launcher.plan(problem(), 80, 108, "fast")
+        launcher.OP.plan(problem(), 80, 108, "fast")
     with pytest.raises(ValueError, match="f16_64x32 is for float16 on capability 80 or newer; got bfloat16 on 80"):
-        launcher.plan(problem(elements=2), 80, 108, AMPERE)
+        launcher.OP.plan(problem(elements=2), 80, 108, AMPERE)
     with pytest.raises(ValueError, match="f16_128x32 is for float16 on capability 90; got float16 on 100"):
-        launcher.plan(problem(), 100, 148, HOPPER)
+        launcher.OP.plan(problem(), 100, 148, HOPPER)
     with pytest.raises(ValueError, match="f16_rows_128x128 reads the values row by row; give rows"):
-        launcher.plan(problem(rows=None), 90, 132, "sparse24_linear_sm90_f16_rows_128x128")
+        launcher.OP.plan(problem(rows=None), 90, 132, "sparse24_linear_sm90_f16_rows_128x128")
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
@@ -280,7 +280,7 @@ def test_every_plan_can_be_launched(capability):
     shapes = (1, 1, 1), (1, 768, 768), (197, 768, 3072), (1576, 2304, 768), (12608, 3072, 768), (577, 1000, 1000)
     for (M, N, K), (elements, dtype) in product(shapes, enumerate(DTYPES)):
         for config in (None, *configs(80, dtype), *(configs(90, dtype) if capability == 90 else ())):
-            launch = launcher.plan(problem(M, N, K, elements), capability, 132, config)
+            launch = launcher.OP.plan(problem(M, N, K, elements), capability, 132, config)
             name, grid, cluster = launch.kernel.decode(), launch.grid, launch.cluster
             features, tokens = (int(n) for n in name.rpartition("_")[2].split("x"))
             tiles = -(-M // tokens) * -(-N // (features * cluster)) * cluster
@@ -295,6 +295,6 @@ def test_every_plan_can_be_launched(capability):
 def test_a_launch_without_a_driver():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    launch = launcher.plan(problem(), 80, 108)
+    launch = launcher.OP.plan(problem(), 80, 108)
     with pytest.raises(RuntimeError, match=r" \(cudaError\w+\)$"):
         built.check(built.library().pyvit_accel_launch(launch, None))

@@ -49,7 +49,7 @@ def configs(bits: int | None = None) -> list[str]:
     if cuda.library() is None or not torch.cuda.is_available():
         return []
     major, minor = torch.cuda.get_device_capability()
-    names = [name.removeprefix(PREFIX) for name in import_module("pyvit_accel.cuda.lowbit_linear").configs()]
+    names = [name.removeprefix(PREFIX) for name in import_module("pyvit_accel.cuda.lowbit_linear").OP.configs()]
     names = [name for name in names if name.startswith("sm80_") or name.startswith(f"sm{major}{minor}_")]
     return [name for name in names if bits is None or f"_w{bits}_" in name]
 

@@ -26,14 +26,23 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
-from functools import cache
+from ctypes import c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from .library import Launch, check, check_devices, library
-from .lowbit_linear import ACTIVATIONS, Epilogue, _aligned, _device, _has_driver, _pointer
+from .library import (
+    Epilogue,
+    Op,
+    aligned,
+    aligned_rows,
+    check_devices,
+    device,
+    empty_result,
+    epilogue,
+    has_driver,
+    laid_out,
+)
 
 ELEMENTS = (torch.int8, torch.float16, torch.bfloat16)  # enum Elements of csrc/cuda/sparse24_linear.h
 
@@ -53,48 +62,15 @@ class Sparse24Linear(ctypes.Structure):
     )
 
 
-@cache
-def _functions() -> ctypes.CDLL:
-    loaded = library()
-    loaded.pyvit_accel_sparse24_linear.argtypes = (POINTER(Sparse24Linear), c_int, c_int, c_int, c_void_p)
-    loaded.pyvit_accel_sparse24_linear_plan.argtypes = (POINTER(Sparse24Linear), c_int, c_int, c_int, POINTER(Launch))
-    loaded.pyvit_accel_sparse24_linear_config.restype = c_char_p
-    return loaded
-
-
-@cache
-def configs() -> tuple[str, ...]:
-    """The names of the kernels: sparse24_linear_sm<arch>_<s8 | f16 | bf16>[_rows]_<features>x<tokens of a block>."""
-    names, name_of = [], _functions().pyvit_accel_sparse24_linear_config
-    while name := name_of(len(names)):
-        names.append(name.decode())
-    return tuple(names)
-
-
-def _config_index(config: str | None) -> int:
-    if config is None:
-        return -1
-    if config not in configs():
-        raise ValueError(f"sparse24_linear: there is no kernel {config!r}; use one of {', '.join(configs())}")
-    return configs().index(config)
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """x (M, K), or a copy padded with zeros: rows, their stride and address are multiples of 16 bytes, none overlap."""
-    (M, K), each = x.shape, 16 // x.element_size()
-    whole = K % each == 0 and x.stride(1) == 1 and x.stride(0) % each == 0 and x.stride(0) >= K
-    if whole and x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_zeros(M, -(-K // each) * each)
-    padded[:, :K] = x
-    return padded
+# Its kernels: sparse24_linear_sm<arch>_<s8 | f16 | bf16>[_rows]_<features>x<tokens of a block>.
+OP = Op("sparse24_linear", Sparse24Linear)
 
 
 def _padded_sums(w_sum: Tensor | None) -> Tensor | None:
     """The sums of whole tiles of 16 features, at a multiple of 16 bytes."""
     if w_sum is None:
         return None
-    return _aligned(torch.nn.functional.pad(w_sum, (0, -len(w_sum) % 16)) if len(w_sum) % 16 else w_sum)
+    return aligned(torch.nn.functional.pad(w_sum, (0, -len(w_sum) % 16)) if len(w_sum) % 16 else w_sum)
 
 
 def problem(
@@ -104,29 +80,14 @@ def problem(
     rows: Tensor | None = None,
 ) -> Sparse24Linear:  # fmt: skip
     """The C structure of a call. It owns nothing: the tensors must outlive it, aligned and contiguous as launched."""
-    M, N = y.shape
-    vectors = (x_scale, w_scale, bias, layer_scale, residual, out_scale)
     return Sparse24Linear(
-        x.data_ptr(), x.stride(0) * x.element_size(), values.data_ptr(), meta.data_ptr(), _pointer(rows), K,
-        ELEMENTS.index(x.dtype),
-        Epilogue(
-            *map(_pointer, vectors), y.data_ptr(), _pointer(w_sum), 64, 0 if residual is None else residual.stride(0),
-            M, N, x_zero_point, out_zero_point, out_bits, ACTIVATIONS.index(activation),
-            x_scale is not None and x_scale.shape[0] > 1, out_scale is not None and out_scale.shape[0] > 1, False,
+        x.data_ptr(), x.stride(0) * x.element_size(), values.data_ptr(), meta.data_ptr(),
+        None if rows is None else rows.data_ptr(), K, ELEMENTS.index(x.dtype),
+        epilogue(
+            y, x_scale, w_scale, bias, layer_scale, residual, out_scale, w_sum, 64, x_zero_point, activation,
+            out_zero_point, out_bits,
         ),
     )  # fmt: skip
-
-
-def plan(of: Sparse24Linear, capability: int, sm_count: int, config: str | None = None) -> Launch:
-    """What would be launched on a GPU of this capability (10 major + minor); config: by this kernel. Needs no GPU.
-
-    Raises ValueError when the problem cannot be computed, or not by this kernel there.
-    """
-    launch = Launch()
-    check(_functions().pyvit_accel_sparse24_linear_plan(
-        byref(of), capability, sm_count, _config_index(config), byref(launch)
-    ))  # fmt: skip
-    return launch
 
 
 def arguments(
@@ -140,20 +101,13 @@ def arguments(
     """
     others = (values, meta, bias, x_scale, w_scale, w_sum, layer_scale, residual, out_scale)
     check_devices("sparse24_linear", x, *others)
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
-    vectors = (None if v is None else v.contiguous() for v in (bias, x_scale, w_scale, layer_scale, out_scale))
-    bias, x_scale, w_scale, layer_scale, out_scale = vectors
+    residual, bias, x_scale, w_scale, layer_scale, out_scale = laid_out(
+        residual, bias, x_scale, w_scale, layer_scale, out_scale
+    )
     return (
-        aligned_rows(x), _aligned(values), _aligned(meta), bias, x_scale, w_scale, _padded_sums(w_sum), x_zero_point,
+        aligned_rows(x), aligned(values), aligned(meta), bias, x_scale, w_scale, _padded_sums(w_sum), x_zero_point,
         activation, layer_scale, residual, out_scale, out_zero_point, out_bits, x.shape[1],
     )  # fmt: skip
-
-
-def empty_result(x: Tensor, out_features: int, out_scale: Tensor | None) -> Tensor:
-    """y, not yet written."""
-    dtype = torch.int8 if out_scale is not None else torch.float32 if x.dtype == torch.int8 else x.dtype
-    return torch.empty(x.shape[0], out_features, dtype=dtype, device=x.device)
 
 
 def sparse24_linear(
@@ -177,7 +131,7 @@ def sparse24_linear(
     config: str | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """config: the name of the kernel, one of configs(), which runs on this GPU and has this dtype; None chooses.
+    """config: the name of the kernel, one of OP.configs(), which runs on this GPU and has this dtype; None chooses.
 
     rows: sparse24.rows_of(values), which the kernels with _rows_ in their name need; None chooses them never.
     """
@@ -187,11 +141,7 @@ def sparse24_linear(
             x, values, meta, bias, out_features, x_scale, w_scale, w_sum, x_zero_point, activation, layer_scale,
             residual, out_scale, out_zero_point, out_bits,
         )  # fmt: skip
-        with torch.cuda.device_of(x):
-            stream = torch.cuda.current_stream(x.device).cuda_stream
-            capability, sm_count = _device(x.device.index)
-            of, config_index = problem(y, *kept, rows), _config_index(config)
-            check(_functions().pyvit_accel_sparse24_linear(byref(of), capability, sm_count, config_index, stream))
+        OP.launch(problem(y, *kept, rows), x, config)
     return y
 
 
@@ -199,6 +149,6 @@ def before(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The launcher for every GPU: these kernels from sm_80 on, by a driver they can use, else the other launcher."""
 
     def launch(x: Tensor, *args) -> Tensor:
-        return (sparse24_linear if _device(x.device.index)[0] >= 80 and _has_driver() else otherwise)(x, *args)
+        return (sparse24_linear if device(x.device.index)[0] >= 80 and has_driver() else otherwise)(x, *args)
 
     return launch
