@@ -14,6 +14,10 @@ from pyvit_accel import cuda, reference
 HAS_CPU_KERNELS = find_spec("pyvit_accel._C") is not None
 HAS_TRITON = find_spec("triton") is not None and find_spec("pyvit_accel.kernels") is not None
 HAS_CUDA_LIBRARY = cuda.library() is not None
+CUDA_LIBRARY = {  # what of an op the CUDA library owns
+    "lowbit_linear": "CUDA C++ on sm_90 (4, 8 bits, no index)",
+    "sparse24_linear": "CUDA C++ from sm_80 on",
+}
 
 OPS = (
     "quantize",
@@ -44,26 +48,24 @@ OPS = (
 
 
 def owners() -> list[tuple[str, str, str]]:
-    """(op, owner on CPU, owner on CUDA) for every op of this install."""
+    """(op, owner on CPU, owner on CUDA) for every op of this install: what runs here. Asks the driver."""
+    has_driver = HAS_CUDA_LIBRARY and cuda.device_error() is None
     rows = []
     for op in OPS:
-        owner = {}
-        for key, name in (("CPU", "C++"), ("CUDA", "Triton")):
-            has = torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit_accel::{op}", key)
-            otherwise = "dense matmul" if op == "sparse24_linear" else "reference"  # of the unpacked weight
-            owner[key] = name if has else otherwise
-        if HAS_CUDA_LIBRARY and op == "lowbit_linear":
-            owner["CUDA"] = f"CUDA C++ on sm_90 (4, 8 bits, no index), else {'Triton' if HAS_TRITON else 'reference'}"
-        if HAS_CUDA_LIBRARY and op == "sparse24_linear":
-            owner["CUDA"] = "CUDA C++ from sm_80 on, else dense matmul"
-        if owner["CPU"] == "C++":
-            owner["CPU"] = f"C++ ({isa()})"
-        rows.append((op, owner["CPU"], owner["CUDA"]))
+        has_cpu, has_cuda = (
+            torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit_accel::{op}", key) for key in ("CPU", "CUDA")
+        )
+        plain = "dense matmul" if op == "sparse24_linear" else "reference"  # of the unpacked weight
+        on_cuda = "Triton" if has_cuda and HAS_TRITON and op != "sparse24_linear" else plain
+        if HAS_CUDA_LIBRARY and op in CUDA_LIBRARY:
+            own = CUDA_LIBRARY[op]
+            on_cuda = f"{own}, else {on_cuda}" if has_driver else f"{on_cuda}; no driver for {own}"
+        rows.append((op, f"C++ ({isa()})" if has_cpu else plain, on_cuda))
     return rows
 
 
 def show_backends() -> str:
-    """A table of who owns which op here."""
+    """A table of who owns which op here. Asks the driver."""
     rows = [("op", "CPU", "CUDA"), *owners()]
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
