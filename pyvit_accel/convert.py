@@ -88,6 +88,8 @@ class Recipe:
     tokens  what changes blocks as a whole, whatever the rules made of them (token_reduction.py: Reduction): read before
             they are applied, applied after
     code_bits  of weights and activations, of a recipe that makes both integers
+    reads_weights  observe is called, with None for batches, where there is no calibration too
+    sparse24  the recipe that packs 2:4 weights for sparse units and does as this one with the others; None: it cannot
     """
 
     name: str
@@ -97,6 +99,8 @@ class Recipe:
     prepare: Callable[[nn.Module], AbstractContextManager] = nullcontext
     tokens: Any = None
     code_bits: tuple[int, int] | None = None
+    reads_weights: bool = False
+    sparse24: Callable[[], Recipe] | None = None
 
     def __add__(self, other: Recipe) -> Recipe:
         """Both: the rules of the first have the first word. Of their observers, that of the one that needs it."""
@@ -111,7 +115,15 @@ class Recipe:
             self.prepare if self.prepare is not nullcontext else other.prepare,
             self.tokens or other.tokens,
             self.code_bits or other.code_bits,
+            sparse24=_sparse24_of(self, other),
         )
+
+
+def _sparse24_of(first: Recipe, second: Recipe) -> Callable[[], Recipe] | None:
+    """Recipe.sparse24 of their sum."""
+    if first.sparse24 is not None:
+        return lambda: first.sparse24() + second
+    return None if second.sparse24 is None else lambda: first + second.sparse24()
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,8 @@ def accelerate(
     modules = dict(model.named_modules(remove_duplicate=False))
     reading = None if recipe.tokens is None else recipe.tokens.read(model)
     with recipe.prepare(model):
-        observed = recipe.observe(model, calibration) if recipe.observe and calibration is not None else None
+        observes = recipe.observe is not None and (calibration is not None or recipe.reads_weights)
+        observed = recipe.observe(model, calibration) if observes else None
         plan, refused = _plan(model, recipe, observed)
         if strict and refused:
             name, reason = next(iter(refused.items()))

@@ -110,7 +110,11 @@ def _integer(
     )
     observe = partial(planning.calibrated, scheme, search, reconstruction)
     bits = (scheme.w_bits, scheme.x_bits)
-    return Recipe(name, rules, observe, needs_calibration, adapters.unpack_attention, code_bits=bits)
+    keeps_zeros = bits == (8, 8) and not search and reconstruction is None
+    sparse = partial(_integer, name, replace(scheme, sparse24=True), needs_calibration) if keeps_zeros else None
+    return Recipe(
+        name, rules, observe, needs_calibration, adapters.unpack_attention, code_bits=bits, sparse24=sparse
+    )
 
 
 def integer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pyvit_accel.convert import Layer, Recipe, Replacement, Rule
 from pyvit_accel.errors import Unsupported
-from pyvit_accel.modules import Sparse24Linear
+from pyvit_accel.modules import Sparse24Linear, Sparse24Training
 from pyvit_accel.modules.quant_linear import check_weight
 from pyvit_accel.planning import progress
 from pyvit_accel.sparsity import METHODS, Pruned, gate, pair_of, prune
@@ -72,37 +73,105 @@ class Found:
     reasons: Mapping[nn.Module, str]
 
 
-def _candidates(rules: Iterable[Rule], spec: Sparse24, model: nn.Module) -> list[str]:
-    """Names of the float Linears that are to be pruned."""
-    names = []
+@dataclass(frozen=True)
+class Twins:
+    """What a recipe of integer codes converts instead of the modules of a model: those of a pruned copy.
+
+    seen  what that recipe observed of the copy; note: a line of the report
+    """
+
+    of: Mapping[nn.Module, nn.Module]
+    seen: Any
+    note: str
+
+
+def _listed(batches: Any) -> list:
+    return [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+
+
+def _candidates(rules: Iterable[Rule], spec: Sparse24, model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Names of the float Linears that are to be pruned, and why others that are meant are not."""
+    names, refused = [], {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear and any(rule.applies(name, module) for rule in rules):
             try:
                 spec.check(module)
-            except Unsupported:
-                continue
-            names.append(name)
-    return names
+            except Unsupported as reason:
+                refused[name] = str(reason)
+            else:
+                names.append(name)
+    return names, refused
+
+
+def _pruned(
+    rules: Iterable[Rule], spec: Sparse24, model: nn.Module, batches: list
+) -> tuple[nn.Module, list[Pruned], dict[str, str]]:
+    """A copy of the model, what was pruned in it, and the reasons of the layers that were not, by name."""
+    names, refused = _candidates(rules, spec, model)
+    if batches:
+        reached: set[nn.Module] = set()
+        layers = {name: model.get_submodule(name) for name in names}
+        with hooked({module: lambda module, *_: reached.add(module) for module in layers.values()}):
+            for args, kwargs in calls(model, batches):
+                model(*args, **kwargs)
+        missed = [name for name, module in layers.items() if module not in reached]
+        refused |= {name: f"no calibration batch reached {name}; it has no statistics" for name in missed}
+        names = [name for name in names if name not in missed]
+    copied = copy.deepcopy(model).requires_grad_(False)
+    if not names:
+        return copied, [], refused
+    permute = spec.permute and spec.mask != "magnitude" and _can_permute(model, names)
+    return copied, prune(copied, names, batches, spec.mask, permute=permute, progress=progress), refused
 
 
 def _observe(rules: Iterable[Rule], spec: Sparse24, model: nn.Module, batches: Any) -> Found:
     """Prune a copy of the model on the batches."""
-    batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
-    names = _candidates(rules, spec, model)
-    reached: set[nn.Module] = set()
-    layers = {name: model.get_submodule(name) for name in names}
-    with hooked({module: lambda module, *_: reached.add(module) for module in layers.values()}):
-        for args, kwargs in calls(model, batches):
-            model(*args, **kwargs)
-    missed = {name: module for name, module in layers.items() if module not in reached}
-    reasons = {m: f"no calibration batch reached {name}; it has no statistics" for name, m in missed.items()}
-    names = [name for name in names if name not in missed]
-    if not names:
-        return Found({}, reasons)
-    pruned = copy.deepcopy(model).requires_grad_(False)
-    permute = spec.permute and _can_permute(model, names)
-    done = prune(pruned, names, batches, spec.mask, permute=permute, progress=progress)
-    return Found({layers[one.name]: (pruned.get_submodule(one.name), one) for one in done}, reasons)
+    copied, done, refused = _pruned(rules, spec, model, _listed(batches))
+    layers = {model.get_submodule(one.name): (copied.get_submodule(one.name), one) for one in done}
+    return Found(layers, {model.get_submodule(name): reason for name, reason in refused.items()})
+
+
+def _observe_twins(rules: Iterable[Rule], spec: Sparse24, codes: Recipe, model: nn.Module, batches: Any) -> Twins:
+    """Prune a copy, and let the recipe of codes see it; batches: None where there are none."""
+    batches = None if batches is None else _listed(batches)
+    copied, done, refused = _pruned(rules, spec, model, batches or [])
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, Sparse24Training):
+            copied.set_submodule(name, _dense(module))
+    seen = None if codes.observe is None or batches is None else codes.observe(copied, batches)
+    twins = dict(copied.named_modules(remove_duplicate=False))
+    of = {module: twins[name] for name, module in model.named_modules()}
+    return Twins(of, seen, "\n".join((spec.note(_device(model)), *_summary(done, refused))))
+
+
+def _dense(trained: Sparse24Training) -> nn.Linear:
+    """With the weight it would be packed with."""
+    linear = nn.Linear(trained.in_features, trained.out_features, trained.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(trained.sparse_weight(), requires_grad=False), trained.bias
+    return linear
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _summary(done: list[Pruned], refused: Mapping[str, str]) -> Iterable[str]:
+    """Lines of the report: how much the pruned layers lost, and why others stay dense, layers alike in one."""
+    errors = sorted((one.output_error, one.name) for one in done if one.output_error is not None)
+    if errors:
+        median, (worst, name) = errors[len(errors) // 2][0], errors[-1]
+        yield f"2:4: {len(done)} layers pruned, output error {median:.2g} (median), at most {worst:.2g} ({name})"
+    alike: dict[tuple[str, str], int] = {}
+    for name, reason in refused.items():
+        key = (re.sub(r"\d+", "*", name), reason)
+        alike[key] = alike.get(key, 0) + 1
+    for (pattern, reason), count in alike.items():
+        yield f"2:4: {pattern} ({count}) dense: {reason}"
+
+
+def _convert_twin(convert: Any, module: nn.Module, found: Twins) -> Replacement:
+    new = convert(found.of[module], found.seen)
+    return replace(new, note="\n".join(filter(None, (new.note, found.note))))
 
 
 def _can_permute(model: nn.Module, names: list[str]) -> bool:
@@ -131,9 +200,19 @@ def _convert(spec: Sparse24, linear: nn.Linear, found: Found | None) -> Replacem
     return Replacement(new, spec=record, layers=(layer,), note=spec.note(linear.weight.device))
 
 
+class Paired(Recipe):
+    """A recipe whose rules read what it observed itself, in sums too."""
+
+    def __add__(self, other: Recipe) -> Recipe:
+        return _both(self, other)
+
+    def __radd__(self, other: Recipe) -> Recipe:
+        return _both(other, self)
+
+
 @dataclass(frozen=True)
-class Sparse24Recipe(Recipe):
-    """Called with other arguments, another one; added to a recipe of int8 codes, the 2:4 weights are int8 as well."""
+class Sparse24Recipe(Paired):
+    """Called with other arguments, another one; before a recipe of 8-bit codes, 2:4 weights in its modules."""
 
     spec: Sparse24 = field(default_factory=Sparse24)
 
@@ -143,18 +222,39 @@ class Sparse24Recipe(Recipe):
         return sparse24(**({name: getattr(self.spec, name) for name in self.spec.__dataclass_fields__} | given))
 
     def __add__(self, other: Recipe) -> Recipe:
+        if other.sparse24 is not None and self.spec.dtype in (None, "int8"):
+            return self._with_codes(other.sparse24())
         if other.code_bits is None or self.spec.dtype == "int8":
-            return _both(self, other)
-        if other.code_bits != (8, 8) or self.spec.dtype is not None:
-            kind = self.spec.dtype or "{} x {} bits".format(*other.code_bits)
-            raise ValueError(
-                f"{self.name} + {other.name}: sparse units multiply 16-bit floats, or int8 by int8, not {kind}; add "
-                "W8A8 or W8A8_DYNAMIC, and leave dtype out"
-            )
-        return replace(_both(self(dtype="int8"), other), name=f"{self.name} + {other.name}")
+            return super().__add__(other)
+        kind = self.spec.dtype or "{} x {} bits".format(*other.code_bits)
+        if other.code_bits == (8, 8) and self.spec.dtype is None:
+            kind = "8 bits that a search chose, which fills the zeros"
+        raise ValueError(
+            f"{self.name} + {other.name}: sparse units multiply 16-bit floats, or int8 by int8, not {kind}; add "
+            "W8A8 or W8A8_DYNAMIC, and leave dtype out"
+        )
 
-    def __radd__(self, other: Recipe) -> Recipe:
-        return _both(other, self)
+    def _with_codes(self, codes: Recipe) -> Recipe:
+        """The recipe of codes, on a pruned copy of the model."""
+        spec = replace(self.spec, dtype="int8")
+        rules = tuple(
+            replace(
+                rule,
+                convert=partial(_convert_twin, rule.convert),
+                kinds=rule.kinds | KINDS if rule.kinds & KINDS else rule.kinds,
+            )
+            for rule in codes.rules
+        )
+        return Paired(
+            f"{self.name} + {codes.name}",
+            rules,
+            partial(_observe_twins, self.rules, spec, codes),
+            self.needs_calibration or codes.needs_calibration,
+            codes.prepare,
+            codes.tokens,
+            codes.code_bits,
+            reads_weights=True,
+        )
 
 
 def sparse24(
@@ -193,7 +293,10 @@ def _both(first: Recipe, second: Recipe) -> Recipe:
         replace(rule, convert=partial(_seen_by, i, rule.convert))
         for i, recipe in enumerate((first, second)) for rule in recipe.rules
     )
-    return replace(added, rules=rules, observe=partial(_observe_both, first, second))
+    fields = {name: getattr(added, name) for name in Recipe.__dataclass_fields__}
+    reads = first.reads_weights or second.reads_weights
+    observe = partial(_observe_both, first, second)
+    return Paired(**fields | {"rules": rules, "observe": observe, "reads_weights": reads, "sparse24": None})
 
 
 def _seen_by(i: int, convert: Any, module: nn.Module, found: tuple | None) -> Replacement:
@@ -201,5 +304,9 @@ def _seen_by(i: int, convert: Any, module: nn.Module, found: tuple | None) -> Re
 
 
 def _observe_both(first: Recipe, second: Recipe, model: nn.Module, batches: Any) -> tuple:
-    batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
-    return tuple(None if recipe.observe is None else recipe.observe(model, batches) for recipe in (first, second))
+    batches = None if batches is None else _listed(batches)
+    return tuple(
+        recipe.observe(model, batches)
+        if recipe.observe is not None and (batches is not None or recipe.reads_weights) else None
+        for recipe in (first, second)
+    )

@@ -41,6 +41,7 @@ class LinearPlan:
     w_scale         (N,) of `packed`; None: formats.affine chooses
     codes           (N, K) int8 of `packed`; None: the nearest
     seen            what calibration saw of the input, after the folds
+    sparse24        pack it for sparse units, if two of every four codes are zero
     """
 
     weight: Tensor
@@ -55,6 +56,7 @@ class LinearPlan:
     w_scale: Tensor | None = None
     codes: Tensor | None = None
     seen: Activation | None = None
+    sparse24: bool = False
 
     @property
     def packed(self) -> Tensor:

@@ -24,6 +24,8 @@ in another order: to_torch and from_torch only move them. Layouts: PTX ISA, "mma
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,11 @@ def check(w: Tensor) -> None:
         )
 
 
+def is_sparse(w: Tensor) -> bool:
+    """Whether at most two of the four inputs of every chunk of w (N, K) are not zero."""
+    return bool((_chunks(w).count_nonzero(dim=-1) <= 2).all())
+
+
 def pack(w: Tensor) -> tuple[Tensor, Tensor]:
     """w (N, K), 2:4 already, to (values, meta). Raises TypeError for a dtype without sparse products, else as check.
 
@@ -90,6 +97,31 @@ def unpack(values: Tensor, meta: Tensor, N: int, K: int) -> Tensor:
     nibbles = _nibbles_of(meta, values.dtype)
     _check_nibbles(nibbles)
     return _scatter(rows_of(values), nibbles)[:N, :K].contiguous()
+
+
+class Sparse24Operand(NamedTuple):
+    """A 2:4 weight (N, K) of int8 codes as one operand: values, meta, and the sums of the codes over K, (N,) int32.
+
+    ops.lowbit_linear, lowbit_linear_scatter, quant_project, quant_mlp and quant_block take it for a packed weight.
+    """
+
+    values: Tensor
+    meta: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor) -> Sparse24Operand:
+        """codes (N, K) int8. Raises as pack."""
+        return cls(*pack(codes), codes.sum(dim=1, dtype=torch.int32))
+
+    def check(self, N: int, K: int) -> None:
+        """Raise ValueError unless it is of (N, K)."""
+        _check_packed(self.values, self.meta, N, K)
+        if self.values.dtype != torch.int8 or self.sums.shape != (N,) or self.sums.dtype != torch.int32:
+            raise ValueError(
+                f"sparse24: values of {self.values.dtype} with sums {tuple(self.sums.shape)} of {self.sums.dtype}; a "
+                f"weight ({N}, {K}) of codes has int8 values and sums ({N},) of int32"
+            )
 
 
 def to_torch(values: Tensor, meta: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from .quant_linear import QuantLinear
 from .quant_mlp import QuantMlp
 from .quant_patch_embed import QuantPatchEmbed
 from .sparse24_linear import Sparse24Linear
+from .sparse24_quant_linear import Sparse24QuantLinear
 from .sparse24_training import Sparse24Training, train_sparse24
 from .weight_only_linear import WeightOnlyLinear
 
@@ -23,6 +24,7 @@ __all__ = [
     "QuantMlp",
     "QuantPatchEmbed",
     "Sparse24Linear",
+    "Sparse24QuantLinear",
     "Sparse24Training",
     "WeightOnlyLinear",
     "train_sparse24",

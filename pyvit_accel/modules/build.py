@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyvit_accel import calibrate
 from pyvit_accel.calibrate import Activation, BlockPlan, LinearPlan, Observed
 from pyvit_accel.errors import Unsupported
-from pyvit_accel.formats import packed
+from pyvit_accel.formats import packed, sparse24
 from pyvit_accel.formats.softmax import DEFAULT_SOFTMAX, SoftmaxFormat
 
 from .parts import AttentionParts, BlockParts, MlpParts
@@ -29,6 +29,7 @@ from .quant_attention import QuantAttention
 from .quant_block import QuantBlock
 from .quant_linear import QuantLinear, check_finite, check_weight
 from .quant_mlp import QuantMlp
+from .sparse24_quant_linear import Sparse24QuantLinear
 
 GELU_MINIMUM = -0.1701  # just below the smallest value of any GELU: -0.16997 exact, -0.17004 tanh, -0.1636 quick
 # Of range_fold below 8 bits: with 4-bit inputs of fc1 the logit error is 7 % (DeiT-Ti), 4 % (ViT-Ti) below that of 0.5.
@@ -48,6 +49,7 @@ class Scheme:
     softmax          format of attention probabilities where v has a static scale; None: bytes, of an exponential, as
                      where v has one per token
     bias_correction  keep the mean output of every static Linear where the calibration data had it
+    sparse24         pack weights of 8 bits of which two of every four are zero for sparse units
     """
 
     w_bits: int = 8
@@ -59,6 +61,7 @@ class Scheme:
     granularity: str = "token"
     bias_correction: bool = True
     softmax: SoftmaxFormat | None = DEFAULT_SOFTMAX
+    sparse24: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("observer", ("minmax", "percentile", "mse")), ("granularity", ("token", "tensor"))):
@@ -90,11 +93,11 @@ class Scheme:
 
 def quant_linear(linear: nn.Linear, scheme: Scheme, x_minimum: float | None = None) -> QuantLinear:
     """A scale per token: a layer that reads floats has to pass over them anyway, and this is the more accurate one."""
-    return QuantLinear.from_plan(_dynamic((linear,), scheme, x_minimum))
+    return _packed(_dynamic((linear,), scheme, x_minimum))
 
 
 def quant_mlp(parts: MlpParts, scheme: Scheme) -> QuantMlp:
-    fc2 = QuantLinear.from_plan(_fc2(parts.fc2, scheme))
+    fc2 = _packed(_fc2(parts.fc2, scheme))
     return QuantMlp(quant_linear(parts.fc1, scheme), fc2, parts.activation)
 
 
@@ -147,7 +150,7 @@ def pack_block(plan: BlockPlan, parts: BlockParts) -> QuantBlock:
         _norm(norm, weight, bias)
         for norm, (weight, bias, _) in ((parts.norm1, plan.norm1), (parts.norm2, plan.norm2))
     )
-    mlp = QuantMlp(QuantLinear.from_plan(plan.fc1), QuantLinear.from_plan(plan.fc2), plan.activation)
+    mlp = QuantMlp(_packed(plan.fc1), _packed(plan.fc2), plan.activation)
     attention = _attention(parts.attention, plan.qkv, plan.proj, plan.head_scale, plan.head_bits, plan.softmax)
     return QuantBlock(norm1, attention, norm2, mlp, plan.layer_scale1, plan.layer_scale2)
 
@@ -157,7 +160,13 @@ def _plan(linears: tuple[nn.Linear, ...], scheme: Scheme, **fields) -> LinearPla
     if "weight" not in fields:
         fields["weight"], fields["bias"] = _fused(linears)
     seen = None if scheme.observed is None or linears[0] not in scheme.observed else scheme.observed.input(linears[0])
-    return LinearPlan(**({"seen": seen} | scheme.bits(linears[0]) | fields))
+    return LinearPlan(**({"seen": seen, "sparse24": scheme.sparse24} | scheme.bits(linears[0]) | fields))
+
+
+def _packed(plan: LinearPlan) -> QuantLinear:
+    new = QuantLinear.from_plan(plan)
+    sparse = plan.sparse24 and new.w_bits == 8 and sparse24.is_sparse(new.codes())
+    return Sparse24QuantLinear.from_quant(new) if sparse else new
 
 
 def _dynamic(linears: tuple[nn.Linear, ...], scheme: Scheme, x_minimum: float | None = None) -> LinearPlan:
@@ -209,7 +218,7 @@ def _attention(
     head_bits: int,
     softmax: SoftmaxFormat | None,
 ) -> QuantAttention:
-    linears = QuantLinear.from_plan(qkv), QuantLinear.from_plan(proj)
+    linears = _packed(qkv), _packed(proj)
     new = QuantAttention(*linears, parts.num_heads, parts.scale, head_scale is not None, head_bits, softmax)
     if head_scale is not None:
         new.set_head_scale(head_scale)

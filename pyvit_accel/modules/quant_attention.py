@@ -14,6 +14,7 @@ from .gradient import refuse_gradient
 from .position import Position
 from .quant_linear import QuantLinear
 from .softmax_holder import SoftmaxHolder
+from .sparse24_quant_linear import from_config
 
 NORMS = ("q_norm", "k_norm")
 
@@ -183,7 +184,7 @@ class QuantAttention(SoftmaxHolder):
 
     @classmethod
     def from_config(cls, config: dict) -> QuantAttention:
-        qkv, proj = QuantLinear(**config["qkv"]), QuantLinear(**config["proj"])
+        qkv, proj = from_config(config["qkv"]), from_config(config["proj"])
         softmax = None if config.get("softmax") is None else from_description(config["softmax"])
         new = cls(qkv, proj, config["num_heads"], config["scale"], config["static"], config["head_bits"], softmax)
         for name in NORMS:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from pyvit_accel import ops
 from pyvit_accel.formats.softmax import SoftmaxFormat
+from pyvit_accel.formats.sparse24 import Sparse24Operand
 
 from .quant_attention import QuantAttention, QuantHeads
+from .quant_linear import QuantLinear
 from .quant_mlp import QuantMlp
 from .token_block import ReducingBlock
 from .token_step import Lists
@@ -22,15 +24,20 @@ def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     return norm._parameters["weight"], norm._parameters["bias"], norm.eps
 
 
+def _weight(linear: QuantLinear) -> Tensor | Sparse24Operand:
+    packed = linear._buffers.get("w_packed")
+    return linear.operand if packed is None else packed
+
+
 def _feed_forward(mlp: QuantMlp) -> tuple:
     """What quant_block and quant_mlp read of the MLP."""
     fc1_in, fc2_in = mlp._modules["fc1"], mlp._modules["fc2"]
     fc1, fc2 = fc1_in._buffers, fc2_in._buffers
     return (
         *(fc1["x_scale"], fc1_in.x_bits, fc1_in.x_clip),
-        *(fc1["w_packed"], fc1["w_scale"], fc1["bias"], mlp.activation),
+        *(_weight(fc1_in), fc1["w_scale"], fc1["bias"], mlp.activation),
         *(fc2["x_scale"], fc2_in.code_bits, fc2_in.x_clip, fc2_in.x_zero_point, fc2_in.x_minimum, fc2["x_table"]),
-        *(fc2["w_packed"], fc2["w_scale"], fc2["bias"]),
+        *(_weight(fc2_in), fc2["w_scale"], fc2["bias"]),
     )
 
 
@@ -96,7 +103,7 @@ class QuantBlock(ReducingBlock):
         if proj.x_scale is None:
             moved = {"col": index} if lists is None else vars(lists)
             formats = {"x_bits": proj.x_bits, "x_clip": proj.x_clip, "layer_scale": self.layer_scale1}
-            return ops.quant_project(attended, x, proj.w_packed, proj.w_scale, proj.bias, **moved, **formats)
+            return ops.quant_project(attended, x, proj.operand, proj.w_scale, proj.bias, **moved, **formats)
         if lists is not None:
             attended, x = lists.mean(attended), lists.mean(x)
         elif index is not None:
@@ -125,11 +132,11 @@ class QuantBlock(ReducingBlock):
         return ops.quant_block(
             x,
             *_norm(modules["norm1"]),
-            *(qkv["x_scale"], qkv_in.x_bits, qkv_in.x_clip, qkv["w_packed"], qkv["w_scale"], qkv["bias"]),
+            *(qkv["x_scale"], qkv_in.x_bits, qkv_in.x_clip, _weight(qkv_in), qkv["w_scale"], qkv["bias"]),
             *(attention.num_heads, attention.scale, attention._buffers["head_scale"]),
             *(attention.head_bits, *_probabilities(attention.softmax)),
             *(proj_in.x_bits, proj_in.x_clip),
-            *(proj["w_packed"], proj["w_scale"], proj["bias"], layer_scale["layer_scale1"]),
+            *(_weight(proj_in), proj["w_scale"], proj["bias"], layer_scale["layer_scale1"]),
             *_norm(modules["norm2"]),
             *_feed_forward(mlp),
             *(layer_scale["layer_scale2"], tokens),

@@ -9,6 +9,7 @@ from pyvit_accel import ops
 from pyvit_accel.calibrate import LinearPlan
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import affine, packed
+from pyvit_accel.formats.sparse24 import Sparse24Operand
 
 from .gradient import refuse_gradient
 
@@ -179,7 +180,12 @@ class QuantLinear(PackedWeight):
     def _operands(self, codes: Tensor, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         if self.x_scale is not None:
             scale = self.x_scale if self.x_scale.shape[0] == 1 else self.unit_scale
-        return codes, scale, self.w_packed, self.w_scale, self.bias
+        return codes, scale, self.operand, self.w_scale, self.bias
+
+    @property
+    def operand(self) -> Tensor | Sparse24Operand:
+        """The weight as the ops take it."""
+        return self.w_packed
 
     def formats(self) -> tuple[str, str]:
         return f"int{self.w_bits}", f"int{self.x_bits}"

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .gradient import refuse_gradient
 from .quant_linear import QuantLinear
+from .sparse24_quant_linear import from_config
 
 
 class QuantMlp(nn.Module):
@@ -43,7 +44,7 @@ class QuantMlp(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict) -> QuantMlp:
-        return cls(QuantLinear(**config["fc1"]), QuantLinear(**config["fc2"]), config["activation"])
+        return cls(from_config(config["fc1"]), from_config(config["fc2"]), config["activation"])
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

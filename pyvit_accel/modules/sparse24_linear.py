@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from pyvit_accel import ops, sparsity
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import affine, sparse24
-from pyvit_accel.ops.sparse24_linear import dense_form, multiplies_dense
 from pyvit_accel.sparsity import Moments
 
 from .gradient import refuse_gradient
 from .quant_linear import check_weight
+from .sparse24_weight import Sparse24Weight
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -48,21 +46,11 @@ def pruned_weight(linear: nn.Linear, mask: str | Tensor, inputs: Moments | None)
     return sparsity.refit(w, found != 0, gram.to(w.device), found)
 
 
-def _moved(t: Tensor, to: Tensor) -> Tensor:
-    """`to`, or t itself on its device where the dtype has changed."""
-    return to if to.dtype == t.dtype else t.to(to.device)
-
-
-def _unpack_after_load(module: Sparse24Linear, keys: object) -> None:
-    module.unpack()
-
-
-class Sparse24Linear(nn.Module):
+class Sparse24Linear(Sparse24Weight):
     """Drop-in for nn.Linear on sparse tensor cores. x is rounded to the dtype of the weight, 16 bits, or to int8 codes
     with one scale per token or a static one; the result has the dtype of x.
 
-    The weight keeps its dtype when the model's changes. Where nothing multiplies sparse operands, on CPUs for one,
-    w_dense is the unpacked weight and the speed that of a dense layer; it is made anew, never saved.
+    Where nothing multiplies sparse operands, on CPUs for one, the speed is that of a dense layer.
     """
 
     def __init__(
@@ -75,10 +63,7 @@ class Sparse24Linear(nn.Module):
         if x_static and dtype != "int8":
             raise ValueError(f"Sparse24Linear: x_static belongs to int8 weights, not to {dtype}")
         self.in_features, self.out_features, self.dtype, self.x_zero_point = in_features, out_features, dtype, 0
-        shapes = sparse24.packed_shapes(out_features, in_features, DTYPES[dtype])
-        self.register_buffer("w_values", torch.zeros(shapes[0], dtype=DTYPES[dtype]))
-        # Not "meta": a module that torch.export (2.13) makes has an attribute of that name.
-        self.register_buffer("w_meta", torch.full(shapes[1], 0x44444444, dtype=torch.int32))
+        self.register_packed(DTYPES[dtype])
         scales = {
             "w_scale": torch.ones(out_features) if dtype == "int8" else None,
             "w_sum": torch.zeros(out_features, dtype=torch.int32) if dtype == "int8" else None,
@@ -86,13 +71,10 @@ class Sparse24Linear(nn.Module):
             "bias": torch.zeros(out_features) if bias else None,
         }
         for name, tensor in scales.items():
-            # Absent, not None: torch.export (2.13) counts buffers that are None, and lacks an input behind two of them.
             if tensor is None:
-                setattr(self, name, None)
+                setattr(self, name, None)  # no buffer, for what _set_dense says
             else:
                 self.register_buffer(name, tensor)
-        self.register_buffer("w_dense", None, persistent=False)
-        self.register_load_state_dict_post_hook(_unpack_after_load)
 
     @classmethod
     def from_linear(
@@ -141,26 +123,6 @@ class Sparse24Linear(nn.Module):
         new.unpack()
         return new
 
-    def unpack(self) -> None:
-        """Make w_dense where this device needs it."""
-        if self.w_values.is_meta or not multiplies_dense(self.w_values):
-            self.w_dense = None
-        else:
-            self.w_dense = dense_form(self.w_values, self.w_meta, self.out_features, self.in_features)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
-        """Move, and keep every dtype: it belongs to the format, not to the model."""
-        blank = self.w_values.is_meta  # what comes of it has no values yet
-        self.w_dense = None
-        super()._apply(lambda t: _moved(t, fn(t)), recurse)
-        if not blank:
-            self.unpack()
-        return self
-
-    def codes(self) -> Tensor:
-        """The weight (N, K) in its own dtype."""
-        return sparse24.unpack(self.w_values, self.w_meta, self.out_features, self.in_features)
-
     def dequantized_weight(self) -> Tensor:
         """The weight (N, K) the matmul multiplies with, float32."""
         w = self.codes().float()
@@ -199,11 +161,6 @@ class Sparse24Linear(nn.Module):
     def formats(self) -> tuple[str, str]:
         """Of the weight and of the activations."""
         return f"2:4 {self.dtype}", self.dtype
-
-    def weight_bytes(self) -> int:
-        """Of the packed weight with its scales and sums."""
-        parts = (self.w_values, self.w_meta, self.w_scale, self.w_sum)
-        return sum(t.nbytes for t in parts if t is not None)
 
     def config(self) -> dict:
         """What the constructor needs to make this module anew, JSON-able."""

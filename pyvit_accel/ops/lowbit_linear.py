@@ -7,8 +7,11 @@ from torch import Tensor
 
 from pyvit_accel import reference
 from pyvit_accel.formats.packed import bits_of
+from pyvit_accel.formats.sparse24 import Sparse24Operand
 
+from . import _weights
 from ._library import check_bits, check_index, check_rows, check_vector, define
+from ._weights import Weight
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 
@@ -49,15 +52,15 @@ _scatter = define(
 )
 
 
-def check_packed(op: str, w_packed: Tensor, N: int, K: int) -> None:
+def check_packed(op: str, w_packed: Weight, N: int, K: int) -> None:
     """Raise unless w_packed holds N x K codes of some number of bits."""
     try:
-        bits_of(w_packed, N, K)
+        w_packed.check(N, K) if isinstance(w_packed, Sparse24Operand) else bits_of(w_packed, N, K)
     except ValueError as error:
         raise ValueError(f"{op}: x has K={K} and w_scale N={N}, but {error}") from None
 
 
-def check_weight(op: str, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, K: int) -> int:
+def check_weight(op: str, w_packed: Weight, w_scale: Tensor, bias: Tensor | None, K: int) -> int:
     """Raise unless weight, scale and bias fit together and x (..., K); returns N."""
     check_vector(op, "w_scale", w_scale, w_scale.numel())
     N = w_scale.shape[0]
@@ -97,7 +100,7 @@ def check_epilogue(
 def lowbit_linear(
     x: Tensor,
     x_scale: Tensor,
-    w_packed: Tensor,
+    w_packed: Weight,
     w_scale: Tensor,
     bias: Tensor | None = None,
     *,
@@ -114,7 +117,8 @@ def lowbit_linear(
 
     x                  (..., K)       int8 codes of any number of bits
     x_scale            (1,) | (rows,) float32: one, or one per row of x
-    w_packed           packed         uint8, formats/packed.py; holds (N, K) codes of 2, 3, 4, 5, 6 or 8 bits
+    w_packed           packed         uint8, formats/packed.py; holds (N, K) codes of 2, 3, 4, 5, 6 or 8 bits. Or a
+                                      formats.sparse24.Sparse24Operand, which sparse24_linear then multiplies with
     w_scale            (N,)           float32
     bias, layer_scale  (N,)           float32
     residual           (..., N)       float32, like the result
@@ -131,7 +135,7 @@ def lowbit_linear(
     """
     K, N = _check("lowbit_linear", x, w_packed, w_scale, bias)
     check_epilogue("lowbit_linear", x, N, x_scale, activation, layer_scale, residual, out_scale, out_bits, index)
-    y = _op(
+    y = (_op if isinstance(w_packed, Tensor) else _weights.lowbit_linear)(
         x.reshape(-1, K),
         x_scale,
         w_packed,
@@ -149,7 +153,7 @@ def lowbit_linear(
     return y if index is not None else y.reshape(*x.shape[:-1], N)
 
 
-def _check(op: str, x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> tuple[int, int]:
+def _check(op: str, x: Tensor, w_packed: Weight, w_scale: Tensor, bias: Tensor | None) -> tuple[int, int]:
     K = check_rows(op, x)
     N = check_weight(op, w_packed, w_scale, bias, K)
     if x.dtype != torch.int8:
@@ -162,7 +166,7 @@ def lowbit_linear_scatter(
     out_index: Tensor,
     x: Tensor,
     x_scale: Tensor,
-    w_packed: Tensor,
+    w_packed: Weight,
     w_scale: Tensor,
     bias: Tensor | None = None,
     *,
@@ -192,4 +196,5 @@ def lowbit_linear_scatter(
         raise ValueError(f"{op}: out is {layout}; use (..., {N}), contiguous where it has more than two dimensions")
     rows = out if out.dim() == 2 else out.view(-1, N)
     x = x.reshape(-1, K)
-    _scatter(rows, out_index, x, x_scale, w_packed, w_scale, bias, x_zero_point, activation, layer_scale, index)
+    scatter = _scatter if isinstance(w_packed, Tensor) else _weights.lowbit_linear_scatter
+    scatter(rows, out_index, x, x_scale, w_packed, w_scale, bias, x_zero_point, activation, layer_scale, index)

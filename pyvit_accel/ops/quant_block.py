@@ -8,6 +8,7 @@ from torch import Tensor
 from pyvit_accel import reference
 
 from ._library import check_bits, check_table, define
+from ._weights import Weight, choose
 from .lowbit_linear import ACTIVATIONS
 
 
@@ -40,7 +41,7 @@ def quant_block(
     qkv_x_scale: Tensor | None,
     qkv_x_bits: int,
     qkv_x_clip: float,
-    qkv_w: Tensor,
+    qkv_w: Weight,
     qkv_w_scale: Tensor,
     qkv_bias: Tensor | None,
     num_heads: int,
@@ -52,7 +53,7 @@ def quant_block(
     p_operand: str,
     proj_x_bits: int,
     proj_x_clip: float,
-    proj_w: Tensor,
+    proj_w: Weight,
     proj_w_scale: Tensor,
     proj_bias: Tensor | None,
     layer_scale1: Tensor | None,
@@ -62,7 +63,7 @@ def quant_block(
     fc1_x_scale: Tensor | None,
     fc1_x_bits: int,
     fc1_x_clip: float,
-    fc1_w: Tensor,
+    fc1_w: Weight,
     fc1_w_scale: Tensor,
     fc1_bias: Tensor | None,
     activation: str,
@@ -72,7 +73,7 @@ def quant_block(
     fc2_x_zero_point: int,
     fc2_x_minimum: float | None,
     fc2_x_table: Tensor | None,
-    fc2_w: Tensor,
+    fc2_w: Weight,
     fc2_w_scale: Tensor,
     fc2_bias: Tensor | None,
     layer_scale2: Tensor | None,
@@ -82,7 +83,7 @@ def quant_block(
 
     x                     (B, N, C)          float32
     norm*_weight, _bias   (C,)               float32
-    *_w                   packed             uint8, formats/packed.py: qkv (3 H D, C), proj (C, H D), fc1 (F, C) ...
+    *_w                   packed             as in ops.lowbit_linear: qkv (3 H D, C), proj (C, H D), fc1 (F, C) ...
     *_w_scale, *_bias     (N,)               float32, N the features of *_w
     *_x_scale             (1,) | (K,) | None float32: of the codes the matmul reads, static; in its weights when (K,).
                                              None: one per row, found on the way
@@ -113,7 +114,7 @@ def quant_block(
         check_bits("quant_block", bits, f"{name}_x_bits")
     check_bits("quant_block", head_bits, "head_bits")
     check_table("quant_block", fc2_x_table, fc2_x_bits)
-    return _op(
+    return choose(_op, reference.quant_block, qkv_w, proj_w, fc1_w, fc2_w)(
         x, norm1_weight, norm1_bias, norm1_eps, qkv_x_scale, qkv_x_bits, qkv_x_clip, qkv_w, qkv_w_scale, qkv_bias,
         num_heads, softmax_scale, head_scale, head_bits, p_values, p_steps, p_operand, proj_x_bits,
         proj_x_clip, proj_w, proj_w_scale, proj_bias,

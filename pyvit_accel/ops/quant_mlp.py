@@ -8,6 +8,7 @@ from torch import Tensor
 from pyvit_accel import reference
 
 from ._library import check_bits, check_rows, check_table, define
+from ._weights import Weight, choose
 from .lowbit_linear import ACTIVATIONS
 
 
@@ -35,7 +36,7 @@ def quant_mlp(
     fc1_x_scale: Tensor | None,
     fc1_x_bits: int,
     fc1_x_clip: float,
-    fc1_w: Tensor,
+    fc1_w: Weight,
     fc1_w_scale: Tensor,
     fc1_bias: Tensor | None,
     activation: str,
@@ -45,7 +46,7 @@ def quant_mlp(
     fc2_x_zero_point: int,
     fc2_x_minimum: float | None,
     fc2_x_table: Tensor | None,
-    fc2_w: Tensor,
+    fc2_w: Weight,
     fc2_w_scale: Tensor,
     fc2_bias: Tensor | None,
     layer_scale: Tensor | None = None,
@@ -66,7 +67,7 @@ def quant_mlp(
     for name, bits in (("fc1", fc1_x_bits), ("fc2", fc2_x_bits)):
         check_bits("quant_mlp", bits, f"{name}_x_bits")
     check_table("quant_mlp", fc2_x_table, fc2_x_bits)
-    return _op(
+    return choose(_op, reference.quant_mlp, fc1_w, fc2_w)(
         x.reshape(-1, C), norm_weight, norm_bias, norm_eps, fc1_x_scale, fc1_x_bits, fc1_x_clip, fc1_w, fc1_w_scale,
         fc1_bias, activation, fc2_x_scale, fc2_x_bits, fc2_x_clip, fc2_x_zero_point, fc2_x_minimum, fc2_x_table, fc2_w,
         fc2_w_scale, fc2_bias, layer_scale,

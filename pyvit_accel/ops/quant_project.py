@@ -8,6 +8,7 @@ from torch import Tensor
 from pyvit_accel import reference
 
 from ._library import check_bits, check_clip, define
+from ._weights import Weight, choose
 from .lowbit_linear import check_weight
 from .select_tokens import check_rows_of
 
@@ -34,7 +35,7 @@ _op = define(
 def quant_project(
     x: Tensor,
     residual: Tensor,
-    w: Tensor,
+    w: Weight,
     w_scale: Tensor,
     bias: Tensor | None = None,
     *,
@@ -75,4 +76,5 @@ def quant_project(
     expected = residual.shape[1] if col is None or ptr is not None else col.shape[1]
     if x.shape[1] != expected:
         raise ValueError(f"quant_project: x has {x.shape[1]} rows, expected {expected}")
-    return _op(x, residual, col, ptr, weight, x_bits, x_clip, w, w_scale, bias, layer_scale)
+    project = choose(_op, reference.quant_project, w)
+    return project(x, residual, col, ptr, weight, x_bits, x_clip, w, w_scale, bias, layer_scale)
