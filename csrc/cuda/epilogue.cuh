@@ -13,7 +13,7 @@
 #include <cuda_fp16.h>
 
 #include "fragments.cuh"
-#include "lowbit_linear.h"
+#include "linear.h"
 #include "scalar.cuh"
 
 namespace pyvit_accel {

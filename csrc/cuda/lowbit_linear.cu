@@ -1,35 +1,15 @@
 // The plan of lowbit_linear, on the host: what is refused, which kernel is chosen, and what it is launched with.
 #include "lowbit_linear.h"
 
-#include <stddef.h>
-#include <string.h>
-
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 
-#include "epilogue_plan.h"
+#include "linear_plan.h"
 
 namespace pyvit_accel {
 namespace {
 
-constexpr int MAX_K = 131071;          // where int32 sums of 8-bit products, or of 4-bit ones times 16, are exact
-constexpr int64_t MAX_GRID = 0x7FFFFFFF;
-
-// What a choice is made by; estimates, in clocks of an SM, until they are measured.
-constexpr double L2_BYTES_PER_CLOCK = 32;     // an SM's share when all of them read
-constexpr double EPILOGUE_CLOCKS = 0.125;     // of an output: the 16 instructions of codes with a bias
-constexpr double ACTIVATION_CLOCKS = 0.25;    // and the 32 of an activation
-constexpr double BLOCK_CLOCKS = 1000;         // until the first product, and after the last
-
-const LowbitLinearConfig* config_at(int config) {
-  for (const LowbitLinearConfigs& family : {lowbit_linear_sm80(), lowbit_linear_sm90()}) {
-    if (config < 0) return nullptr;
-    if (config < family.count) return family.of + config;
-    config -= family.count;
-  }
-  return nullptr;
-}
+constexpr int MAX_K = 131071;  // where int32 sums of 8-bit products, or of 4-bit ones times 16, are exact
 
 int check(const LowbitLinear& p) {
   const Epilogue& e = p.epilogue;
@@ -57,38 +37,22 @@ int check(const LowbitLinear& p) {
   return check_outputs("lowbit_linear", e);
 }
 
-bool runs_on(const LowbitLinearConfig& config, int capability) {
-  return config.capability == 80 ? capability >= 80 : capability == config.capability;
+constexpr double EPILOGUE_CLOCKS = 0.125;  // of an output: the 16 instructions of codes with a bias; an estimate
+
+TileCost cost(const LowbitLinearConfig& config, const LowbitLinear& p) {
+  const double w_bytes = config.features * p.w_bits / 8.0 / config.cluster_tokens;  // of an input
+  const double x_bytes = static_cast<double>(config.tokens) / config.cluster_features;
+  return {area(config) * p.K / config.macs_per_clock, p.K * (w_bytes + x_bytes), EPILOGUE_CLOCKS};
 }
 
-int64_t tiles(const LowbitLinearConfig& config, const Epilogue& e) {
-  return ceil_div(e.M, config.tokens * config.cluster) * config.cluster * ceil_div(e.N, config.features);
+const LowbitLinearConfig* config_at(int config) {
+  return numbered<LowbitLinearConfig>(config, {lowbit_linear_sm80(), lowbit_linear_sm90()});
 }
 
-// Clocks until the busiest SM has done its tiles. Where it has two blocks, the epilogue of one runs under the products of
-// the other.
-double clocks(const LowbitLinearConfig& config, const LowbitLinear& p, int sm_count) {
-  const double area = static_cast<double>(config.features) * config.tokens;
-  const double products = area * p.K / config.macs_per_clock;
-  const double bytes = p.K * (config.features * p.w_bits / 8.0 / config.cluster + config.tokens) / L2_BYTES_PER_CLOCK;
-  const double loop = std::max(products, bytes);
-  const double epilogue = area * (EPILOGUE_CLOCKS + (p.epilogue.activation ? ACTIVATION_CLOCKS : 0));
-  const int64_t of_sm = ceil_div(tiles(config, p.epilogue), sm_count);
-  const double alone = of_sm * (loop + epilogue);
-  const double together = of_sm * std::max(loop, epilogue) + std::min(loop, epilogue);
-  return (config.blocks_per_sm > 1 ? together : alone) + ceil_div(of_sm, config.blocks_per_sm) * BLOCK_CLOCKS;
-}
-
-// The fastest by the model, of those made for this capability if there are any.
 const LowbitLinearConfig* choose(const LowbitLinear& p, int capability, int sm_count) {
-  const LowbitLinearConfig* best = nullptr;
-  for (int i = 0; const LowbitLinearConfig* config = config_at(i); ++i) {
-    if (config->w_bits != p.w_bits || !runs_on(*config, capability)) continue;
-    if (best && config->capability < best->capability) continue;
-    const bool newer = !best || config->capability > best->capability;
-    if (newer || clocks(*config, p, sm_count) < clocks(*best, p, sm_count)) best = config;
-  }
-  return best;
+  const auto fits = [&](const LowbitLinearConfig& config) { return config.w_bits == p.w_bits; };
+  const auto cost_of = [&](const LowbitLinearConfig& config) { return cost(config, p); };
+  return fastest(config_at, p.epilogue, capability, sm_count, fits, cost_of);
 }
 
 }  // namespace
@@ -98,31 +62,21 @@ using namespace pyvit_accel;
 
 const char* pyvit_accel_lowbit_linear_config(int config) {
   const LowbitLinearConfig* of = config_at(config);
-  return of ? of->kernel : nullptr;
+  return of ? of->name : nullptr;
 }
 
 int pyvit_accel_lowbit_linear_plan(const LowbitLinear* problem, int capability, int sm_count, int config, Launch* launch) {
   if (const int error = check(*problem)) return error;
-  if (capability < 80 || sm_count < 1)
-    return fail(ERROR_CONFIG, "lowbit_linear: a GPU of capability %d.%d with %d SMs; the kernels need 8.0 or newer, and an SM",
-                capability / 10, capability % 10, sm_count);
+  if (const int error = check_device("lowbit_linear", capability, sm_count)) return error;
   const LowbitLinearConfig* of = config == -1 ? choose(*problem, capability, sm_count) : config_at(config);
   if (!of) return fail(ERROR_CONFIG, "lowbit_linear: there is no config %d; use -1 to have one chosen", config);
   if (of->w_bits != problem->w_bits || !runs_on(*of, capability))
-    return fail(ERROR_CONFIG, "lowbit_linear: %s is for %d-bit weights on capability %d%s; got %d bits on %d", of->kernel,
+    return fail(ERROR_CONFIG, "lowbit_linear: %s is for %d-bit weights on capability %d%s; got %d bits on %d", of->name,
                 of->w_bits, of->capability, of->capability == 80 ? " or newer" : "", problem->w_bits, capability);
-  const int64_t beyond = 2 * of->tokens * of->cluster;  // tokens of the last tiles, which are counted in int32 too
-  if (tiles(*of, problem->epilogue) > MAX_GRID || problem->epilogue.M > MAX_GRID - beyond)
-    return fail(ERROR_ARGUMENT, "lowbit_linear: M=%d, N=%d are more tiles of %d x %d than a grid has blocks; split M",
-                problem->epilogue.M, problem->epilogue.N, of->features, of->tokens);
+  if (const int error = check_grid("lowbit_linear", *of, problem->epilogue)) return error;
   LowbitLinear valid = *problem;
   valid.epilogue.vectors = vectors(valid.epilogue);
-  memset(launch, 0, offsetof(Launch, params));
-  strncpy(launch->kernel, of->kernel, sizeof(launch->kernel) - 1);
-  launch->function = of->function;
-  launch->block = of->threads;
-  launch->shared_bytes = of->shared_bytes;
-  launch->cluster = 1;
+  begin_launch(*of, *launch);
   of->prepare(valid, *of, sm_count, *launch);
   return OK;
 }

@@ -20,6 +20,8 @@
 
 #include "ampere.cuh"
 #include "epilogue.cuh"
+#include "linear_plan.h"
+#include "lowbit_linear.h"
 
 namespace pyvit_accel {
 namespace {
@@ -165,8 +167,7 @@ __device__ __forceinline__ void lowbit_linear(const LowbitLinear& p) {
 }
 
 void prepare(const LowbitLinear& problem, const LowbitLinearConfig& config, int, Launch& launch) {
-  const Epilogue& e = problem.epilogue;
-  launch.grid = static_cast<uint32_t>(ceil_div(e.M, config.tokens) * ceil_div(e.N, config.features));
+  launch.grid = static_cast<uint32_t>(tiles(config, problem.epilogue));
   launch.param_bytes = sizeof(problem);
   *reinterpret_cast<LowbitLinear*>(launch.params) = problem;
 }
@@ -193,13 +194,14 @@ KERNELS(DEFINE)
 
 namespace pyvit_accel {
 
-LowbitLinearConfigs lowbit_linear_sm80() {
+std::span<const LowbitLinearConfig> lowbit_linear_sm80() {
 #define DESCRIBE(NAME, W_BITS, FEATURES, TOKENS, STAGES, BLOCKS_PER_SM)                                    \
-  {#NAME, reinterpret_cast<const void*>(&NAME), 80, FEATURES, TOKENS, W_BITS, THREADS,                     \
-   STAGES * StageLayout<W_BITS, FEATURES, TOKENS>::BYTES, BLOCKS_PER_SM, 2048, prepare},
+  {{#NAME, reinterpret_cast<const void*>(&NAME), 80, FEATURES, TOKENS, THREADS,                            \
+    STAGES * StageLayout<W_BITS, FEATURES, TOKENS>::BYTES, BLOCKS_PER_SM},                                 \
+   W_BITS, 2048, prepare},
   static const LowbitLinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
-  return {configs, sizeof(configs) / sizeof(configs[0])};
+  return configs;
 }
 
 }  // namespace pyvit_accel

@@ -21,11 +21,11 @@
 // multiplied. 4-bit weights arrive times 16, and so do their sums, exact up to K = 131071. Sizes: lowbit_linear_sm90.h.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstddef>
 
 #include "epilogue.cuh"
 #include "hopper_stages.cuh"
+#include "linear_plan.h"
 #include "lowbit_linear_sm90.h"
 
 namespace pyvit_accel {
@@ -229,7 +229,7 @@ __device__ __forceinline__ void lowbit_linear(const HopperParams& p) {
 }
 
 template <class Tile>
-void prepare(const LowbitLinear& problem, const LowbitLinearConfig&, int sm_count, Launch& launch) {
+void prepare(const LowbitLinear& problem, const LowbitLinearConfig& config, int sm_count, Launch& launch) {
   const Epilogue& e = problem.epilogue;
   const uint64_t chunks = ceil_div(problem.K, CHUNK);
   HopperParams params = {};
@@ -237,11 +237,8 @@ void prepare(const LowbitLinear& problem, const LowbitLinearConfig&, int sm_coun
   params.chunks = static_cast<int32_t>(chunks);
   launch.param_bytes = sizeof(params);
   *reinterpret_cast<HopperParams*>(launch.params) = params;
-  launch.cluster = Tile::CLUSTER;
   launch.dependent = 1;
-  const int64_t tiles = ceil_div(e.M, Tile::TOKENS * Tile::CLUSTER) * ceil_div(e.N, Tile::FEATURES);
-  const int64_t clusters = std::max(1, sm_count * Tile::BLOCKS_PER_SM / Tile::CLUSTER);
-  launch.grid = static_cast<uint32_t>(std::min(tiles, clusters) * Tile::CLUSTER);
+  launch.grid = persistent_grid(config, e, sm_count);
 
   launch.num_maps = 2;
   TensorMap& x = launch.maps[0];
@@ -290,17 +287,17 @@ namespace {
 
 template <class Tile>
 LowbitLinearConfig describe(const char* name, const void* function) {
-  return {name, function, 90, Tile::FEATURES, Tile::TOKENS, Tile::W_BITS, Tile::THREADS, Tile::SHARED_BYTES,
-          Tile::BLOCKS_PER_SM, 4096, prepare<Tile>, Tile::CLUSTER};
+  return {{name, function, 90, Tile::FEATURES, Tile::TOKENS, Tile::THREADS, Tile::SHARED_BYTES, Tile::BLOCKS_PER_SM, 1, Tile::CLUSTER},
+          Tile::W_BITS, 4096, prepare<Tile>};
 }
 
 }  // namespace
 
-LowbitLinearConfigs lowbit_linear_sm90() {
+std::span<const LowbitLinearConfig> lowbit_linear_sm90() {
 #define DESCRIBE(NAME, W_BITS, CONSUMERS, TOKENS) describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)),
   static const LowbitLinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
-  return {configs, sizeof(configs) / sizeof(configs[0])};
+  return configs;
 }
 
 }  // namespace pyvit_accel

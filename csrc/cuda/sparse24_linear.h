@@ -1,9 +1,9 @@
 // sparse24_linear: the problem, and the plan that chooses a kernel for it. Plain C structures, which pyvit_accel/cuda
 // mirrors with ctypes.
 #pragma once
-#include <stdint.h>
+#include <span>
 
-#include "lowbit_linear.h"
+#include "linear.h"
 
 extern "C" {
 
@@ -37,25 +37,15 @@ namespace pyvit_accel {
 enum Elements { INT8, FLOAT16, BFLOAT16 };
 
 // A kernel of sparse24_linear, and what the plan weighs.
-struct Sparse24LinearConfig {
-  const char* kernel;    // its name in the fat binary
-  const void* function;  // of the kernel, on the host
-  int32_t capability;    // 80: this or newer; 90: this alone
-  int32_t elements, features, tokens;  // of a block's tile
-  int32_t threads, shared_bytes, blocks_per_sm;
+struct Sparse24LinearConfig : Kernel {
+  int32_t elements;
   int32_t bytes_per_clock;  // of an SM: bytes of a row of x times rows of w that its instruction multiplies
   bool from_rows;           // the weights are read from `rows`
-  // Fills grid, parameters, tensor maps, and cluster where it is not 1; the rest of launch is. The problem is valid.
+  // Fills grid, parameters and tensor maps; the rest of launch is. The problem is valid.
   void (*prepare)(const Sparse24Linear& problem, const Sparse24LinearConfig& config, int sm_count, Launch& launch);
-  int32_t cluster = 1;  // blocks, of neighbouring features, that get x in one copy from L2
 };
 
-struct Sparse24LinearConfigs {
-  const Sparse24LinearConfig* of;
-  int count;
-};
-
-Sparse24LinearConfigs sparse24_linear_sm80();  // sparse24_linear_sm80.cu
-Sparse24LinearConfigs sparse24_linear_sm90();  // sparse24_linear_sm90.cu
+std::span<const Sparse24LinearConfig> sparse24_linear_sm80();  // sparse24_linear_sm80.cu
+std::span<const Sparse24LinearConfig> sparse24_linear_sm90();  // sparse24_linear_sm90.cu
 
 }  // namespace pyvit_accel

@@ -24,6 +24,7 @@
 
 #include "ampere.cuh"
 #include "epilogue.cuh"
+#include "linear_plan.h"
 #include "sparse24.cuh"
 
 namespace pyvit_accel {
@@ -186,8 +187,7 @@ __device__ __forceinline__ void sparse24_linear(const Sparse24Linear& p) {
 }
 
 void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, int, Launch& launch) {
-  const Epilogue& e = problem.epilogue;
-  launch.grid = static_cast<uint32_t>(ceil_div(e.M, config.tokens) * ceil_div(e.N, config.features));
+  launch.grid = static_cast<uint32_t>(tiles(config, problem.epilogue));
   launch.param_bytes = sizeof(problem);
   *reinterpret_cast<Sparse24Linear*>(launch.params) = problem;
 }
@@ -215,13 +215,14 @@ KERNELS(DEFINE)
 
 namespace pyvit_accel {
 
-Sparse24LinearConfigs sparse24_linear_sm80() {
+std::span<const Sparse24LinearConfig> sparse24_linear_sm80() {
 #define DESCRIBE(NAME, ELEMENTS, FEATURES, TOKENS, STAGES, BLOCKS_PER_SM)                                  \
-  {#NAME, reinterpret_cast<const void*>(&NAME), 80, ELEMENTS, FEATURES, TOKENS, THREADS,                   \
-   STAGES * StageLayout<ELEMENTS, FEATURES, TOKENS>::BYTES, BLOCKS_PER_SM, 4096, false, prepare},
+  {{#NAME, reinterpret_cast<const void*>(&NAME), 80, FEATURES, TOKENS, THREADS,                            \
+    STAGES * StageLayout<ELEMENTS, FEATURES, TOKENS>::BYTES, BLOCKS_PER_SM},                               \
+   ELEMENTS, 4096, false, prepare},
   static const Sparse24LinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
-  return {configs, sizeof(configs) / sizeof(configs[0])};
+  return configs;
 }
 
 }  // namespace pyvit_accel

@@ -40,11 +40,11 @@
 // packed ones the last are taken.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstddef>
 
 #include "epilogue.cuh"
 #include "hopper_stages.cuh"
+#include "linear_plan.h"
 #include "sparse24.cuh"
 
 namespace pyvit_accel {
@@ -316,7 +316,7 @@ __device__ __forceinline__ void sparse24_linear(const SparseParams& p) {
 }
 
 template <class Tile>
-void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig&, int sm_count, Launch& launch) {
+void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, int sm_count, Launch& launch) {
   const Epilogue& e = problem.epilogue;
   const int bytes = element_bytes(Tile::ELEMENTS);
   SparseParams params = {};
@@ -327,11 +327,8 @@ void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig&, int sm_
   params.groups = groups_of(problem.K, Tile::ELEMENTS);
   launch.param_bytes = sizeof(params);
   *reinterpret_cast<SparseParams*>(launch.params) = params;
-  launch.cluster = Tile::CLUSTER;
   launch.dependent = 1;
-  const int64_t tiles = ceil_div(e.M, Tile::TOKENS) * ceil_div(e.N, Tile::FEATURES * Tile::CLUSTER);
-  const int64_t clusters = std::max(1, sm_count * Tile::BLOCKS_PER_SM / Tile::CLUSTER);
-  launch.grid = static_cast<uint32_t>(std::min(tiles, clusters) * Tile::CLUSTER);
+  launch.grid = persistent_grid(config, e, sm_count);
 
   launch.num_maps = Tile::FROM_ROWS ? 2 : 1;
   TensorMap& x = launch.maps[0];
@@ -382,17 +379,17 @@ namespace {
 
 template <class Tile>
 Sparse24LinearConfig describe(const char* name, const void* function) {
-  return {name, function, 90, Tile::ELEMENTS, Tile::FEATURES, Tile::TOKENS, Tile::THREADS, Tile::SHARED_BYTES,
-          Tile::BLOCKS_PER_SM, 8192, Tile::FROM_ROWS, prepare<Tile>, Tile::CLUSTER};
+  return {{name, function, 90, Tile::FEATURES, Tile::TOKENS, Tile::THREADS, Tile::SHARED_BYTES, Tile::BLOCKS_PER_SM, Tile::CLUSTER, 1},
+          Tile::ELEMENTS, 8192, Tile::FROM_ROWS, prepare<Tile>};
 }
 
 }  // namespace
 
-Sparse24LinearConfigs sparse24_linear_sm90() {
+std::span<const Sparse24LinearConfig> sparse24_linear_sm90() {
 #define DESCRIBE(NAME, ELEMENTS, CONSUMERS, TOKENS, FROM_ROWS) describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)),
   static const Sparse24LinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
-  return {configs, sizeof(configs) / sizeof(configs[0])};
+  return configs;
 }
 
 }  // namespace pyvit_accel
