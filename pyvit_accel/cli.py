@@ -20,7 +20,7 @@ from pathlib import Path
 from pyvit_accel import commands, demo
 from pyvit_accel.measure import DIGITS
 from pyvit_accel.models import ARCHITECTURES, ViTConfig
-from pyvit_accel.recipes import RECIPES
+from pyvit_accel.recipes import RECIPES, named
 from pyvit_accel.tokens import METHODS, TokenSchedule
 
 MODELS = (DIGITS, *ARCHITECTURES)
@@ -102,7 +102,8 @@ def _add_accelerate(sub) -> None:
     add("--weights", type=Path, help="float weights: .safetensors, or a torch state dict (.pth, .pt, .bin)")
     add("--override", type=_override, action="append", default=[], metavar="FIELD=VALUE",
         help="a field of the architecture, for example num_classes=10; repeat for more")
-    add("--recipe", type=_recipe, metavar="NAME", help=f"{', '.join(RECIPES)} (default: {commands.RECIPE})")
+    recipes = f"{', '.join(RECIPES)}, or a sum, SPARSE24+W8A8 (default: {commands.RECIPE})"
+    add("--recipe", type=_recipe, metavar="NAME", help=recipes)
     budget = command.add_mutually_exclusive_group().add_argument
     budget("--max-mib", type=_positive_float, metavar="MIB",
            help="instead of a recipe: the bits of each layer that lose least, the blocks' packed weights within it")
@@ -176,7 +177,13 @@ def _model(text: str) -> str:
 
 
 def _recipe(text: str) -> str:
-    return _one_of("recipe", text, RECIPES)
+    """A recipe's name, or those of several, A + B."""
+    name = " + ".join(_one_of("recipe", part.strip(), RECIPES) for part in text.split("+"))
+    try:
+        named(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def _schedule(text: str) -> TokenSchedule:

@@ -38,7 +38,7 @@ from pyvit_accel.models import (
     read_weights,
 )
 from pyvit_accel.output import Bar, note, percent, progress, require, table, write_chart, write_json, write_layer_chart
-from pyvit_accel.recipes import RECIPES, integer, tokens
+from pyvit_accel.recipes import RECIPES, integer, named, tokens
 from pyvit_accel.serialize import load, read_header, save
 from pyvit_accel.show_tokens import draw, token_pictures
 from pyvit_accel.timemap import map_time, measure_roofs, work_of
@@ -160,7 +160,7 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
     """None: to be searched for."""
     if args.max_mib or args.max_ms:
         return None
-    recipe = RECIPES[args.recipe or RECIPE]
+    recipe = named(args.recipe or RECIPE)
     if not args.learn:
         return recipe
     w_bits, x_bits = (int(digit) for digit in recipe.name[1::2])
@@ -276,7 +276,7 @@ def recipe_variants(name: str, recipes: list[str], schedule: TokenSchedule | Non
     models = {FP32: build_model(name)}
     check_schedule(schedule, models[FP32])
     for recipe in progress(recipes, f"{name}: accelerating"):
-        variants = [RECIPES[recipe], *([] if schedule is None else [with_tokens(RECIPES[recipe], schedule)])]
+        variants = [named(recipe), *([] if schedule is None else [with_tokens(named(recipe), schedule)])]
         models |= {variant.name: convert(models[FP32], variant) for variant in variants}
     return models
 

@@ -222,3 +222,9 @@ EXP_FREE_ATTENTION = exp_free_attention("EXP_FREE_ATTENTION", DEFAULT_SOFTMAX)
 SPARSE24 = sparse24()
 _ALL = (W8A8, W8A8_DYNAMIC, W6A6, W4A8, W4A4, W3A3, W8A16, W4A16, FP8, POW2, SPARSE24, EXP_FREE_ATTENTION)
 RECIPES = {recipe.name: recipe for recipe in _ALL}
+
+
+def named(text: str) -> Recipe:
+    """The recipe of RECIPES of this name, or the sum of several, "A + B". Raises KeyError for others."""
+    first, *rest = (RECIPES[name.strip()] for name in text.split("+"))
+    return sum(rest, first)

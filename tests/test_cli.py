@@ -90,10 +90,10 @@ def test_accelerate_digits(digits, tmp_path, capsys):
 
 def test_accelerate_without_images(weights, tmp_path, capsys):
     """The architecture and its sizes come from the weights file."""
-    args = ("accelerate", "--weights", weights, "--recipe", "W8A8_DYNAMIC", "--batch", 1, "--rounds", 1)
+    args = ("accelerate", "--weights", weights, "--recipe", "W8A8_DYNAMIC+W8A16", "--batch", 1, "--rounds", 1)
     assert run(*args, "--output", tmp_path / "out.safetensors") == 0
     out, _ = capsys.readouterr()
-    assert "W8A8_DYNAMIC: " in out and "top-1" not in out
+    assert "W8A8_DYNAMIC + W8A16: " in out and "top-1" not in out
     assert load(tmp_path / "out.safetensors").config.num_classes == 5
 
 
@@ -191,6 +191,8 @@ def test_bench_with_tokens(tmp_path):
     (("faster",), "invalid choice"),
     (("bench", "--models", "vit_tyni_patch16_224"), "did you mean vit_tiny_patch16_224?"),
     (("bench", "--recipes", "W8A8,W9"), "unknown recipe 'W9'"),
+    (("bench", "--recipes", "W8A8 + w8a16"), "unknown recipe 'w8a16'; did you mean"),
+    (("bench", "--recipes", "SPARSE24+W4A8"), "SPARSE24 + W4A8: sparse units multiply 16-bit floats, or int8 by int8"),
     (("bench", "--tokens", "TOM(r=2)"), "unknown method 'tom'; did you mean tome?"),
     (("bench", "--tokens", "absent.json"), "'absent.json' is neither a file nor METHOD(name=value); methods: "),
     (("bench", "--tokens", "TOME(13)"), "'13' is not name=value"),
