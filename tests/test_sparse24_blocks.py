@@ -188,6 +188,15 @@ def test_dense_and_sparse_devices_give_the_same_bits(monkeypatch):
             assert_same_bits(copy.deepcopy(new).to("cpu")(images), expected)
 
 
+def test_block_compiles_and_exports_as_one_graph(sparse_units):
+    new, _ = accelerate(vit(), SPARSE24(mask="magnitude") + recipes.W8A8_DYNAMIC)
+    block, x = new.blocks[0], torch.randn(2, 17, 64)
+    with torch.no_grad():
+        y = block(x)
+        assert_same_bits(torch.compile(block, fullgraph=True, backend="eager")(x), y)
+        assert_same_bits(torch.export.export(block, (x,)).module()(x), y)
+
+
 def test_recipe_without_data():
     new, report = accelerate(vit(), SPARSE24(mask="magnitude") + recipes.W8A8_DYNAMIC)
     assert classes(new) == ALL and "layers pruned" not in str(report)
