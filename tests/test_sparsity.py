@@ -13,6 +13,7 @@ from pyvit_accel import sparsity
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.sparsity import Moments
 from pyvit_accel.sparsity.masks import PATTERNS
+from pyvit_accel.sparsity.moments import Sums
 from pyvit_accel.sparsity.permute import _best_swaps
 
 
@@ -272,6 +273,31 @@ def test_moments():
     assert torch.allclose(found.permuted(order).gram, Moments.of(x[..., order]).gram, atol=1e-5)
 
 
+def test_moments_far_from_zero():
+    """float32 sums of x x^T would lose the covariance; inputs that never change have none, and lose their weights."""
+    x = 0.3 * torch.randn(4000, 24) + 500 * torch.randn(24)
+    x[:, 5], x[:, 9] = 0.1, 0
+    sums = Sums()
+    for batch in x.split(700):
+        sums.add(batch)
+    found, exact = sums.result("x"), torch.cov(x.double().T, correction=0)
+    assert (found.centred - exact).abs().max() < 1e-5 and found.centred[5].count_nonzero() == 0 == found.mean[9]
+    assert torch.allclose(found.gram.double(), x.double().T @ x.double() / 4000, rtol=1e-5)
+    assert torch.allclose(found.norm.double(), x.double().square().mean(0).sqrt())
+    new = sparsity.sparsegpt(torch.randn(8, 24), found.centred)
+    assert not new[:, [5, 9]].any() and (new.count_nonzero(1) > 8).all()
+
+
+def test_sums_that_rounding_left_negative():
+    """Damped until they are positive; refit stays where it is in directions that curve down."""
+    basis = torch.linalg.qr(torch.randn(24, 24)).Q
+    gram = basis @ torch.diag(torch.cat([torch.rand(20) + 0.5, -0.05 * torch.ones(4)])) @ basis.T
+    w = torch.randn(6, 24)
+    found = sparsity.sparsegpt(w, gram)
+    again = sparsity.refit(w, found != 0, gram, found, steps=99, damping=0.0)
+    assert (found.count_nonzero(1) == 12).all() and max(found.abs().max(), again.abs().max()) < 4 * w.abs().max()
+
+
 def test_observe_names_what_was_not_reached():
     class Two(nn.Module):
         def __init__(self):
@@ -286,8 +312,10 @@ def test_observe_names_what_was_not_reached():
     assert torch.allclose(found.gram, x.T @ x / 5, atol=1e-6) and found.count == 15
     with pytest.raises(Unsupported, match="no calibration batch reached unused"):
         sparsity.observe(model, x, ["used", "unused"])
+    with pytest.raises(Unsupported, match="no calibration batch reached used"):
+        sparsity.observe(model, x[:0], ["used"])
     with pytest.raises(ValueError, match="the input of used holds NaN"):
-        sparsity.observe(model, x * torch.nan, ["used"])
+        sparsity.observe(model, [x, x * torch.nan], ["used"])
     with pytest.raises(ValueError, match="no calibration batches"):
         sparsity.observe(model, iter(()), ["used"])
     with pytest.raises(TypeError, match="batch 1 is a str"):

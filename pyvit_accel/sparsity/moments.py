@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from pyvit_accel.errors import Unsupported
 
+CONSTANT = 1e-6  # of its mean, that the deviation of an input exceeds: float32 knows of none below
+
 
 @dataclass(frozen=True)
 class Moments:
-    """gram (K, K) float32: mean of x x^T; mean (K,) float32; both over `count` rows x of the layer's input."""
+    """centred (K, K), mean (K,) float32: covariance and mean of `count` rows x of the layer's input. The covariance is
+    what an error still does once a bias has taken up its mean."""
 
-    gram: Tensor
+    centred: Tensor
     mean: Tensor
     count: int
 
@@ -29,33 +32,37 @@ class Moments:
     @property
     def norm(self) -> Tensor:
         """Root of the mean square of each input, (K,)."""
-        return self.gram.diagonal().clamp(min=0).sqrt()
+        return (self.centred.diagonal() + self.mean.square()).sqrt()
 
     @property
-    def centred(self) -> Tensor:
-        """The covariance (K, K): what an error still does once a bias has taken up its mean."""
-        return self.gram - torch.outer(self.mean, self.mean)
+    def gram(self) -> Tensor:
+        """Mean of x x^T, (K, K)."""
+        return self.centred + torch.outer(self.mean, self.mean)
 
     def permuted(self, order: Tensor) -> Moments:
         """Of the inputs in another order."""
-        return Moments(self.gram[order][:, order], self.mean[order], self.count)
+        return Moments(self.centred[order][:, order], self.mean[order], self.count)
 
 
 class Sums:
-    """Moments of one tensor as batches come."""
+    """Moments of one tensor as batches come. Sums are of x less the mean of the first batch: float32 would lose the
+    covariance of inputs whose mean is a few hundred deviations."""
 
     def __init__(self) -> None:
-        self.gram: Tensor | None = None
+        self.products: Tensor | None = None
         self.count = 0
 
     def add(self, x: Tensor, importance: Tensor | None = None) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         counts = rows.new_ones(len(rows)) if importance is None else importance.detach().reshape(-1).to(rows)
-        if self.gram is None:
-            K = rows.shape[1]
-            self.gram, self.total, self.weight = rows.new_zeros(K, K), rows.new_zeros(K, dtype=torch.float64), 0.0
+        if not len(rows):
+            return
+        if self.products is None:
+            K, self.shift = rows.shape[1], rows.mean(0)
+            self.products, self.total, self.weight = rows.new_zeros(K, K), rows.new_zeros(K, dtype=torch.float64), 0.0
+        rows = rows - self.shift
         scaled = rows * counts[:, None]
-        self.gram.addmm_(scaled.T, rows)
+        self.products.addmm_(scaled.T, rows)
         self.total += scaled.sum(0, dtype=torch.float64)
         self.weight += float(counts.sum(dtype=torch.float64))
         self.count += len(rows)
@@ -64,9 +71,14 @@ class Sums:
         """Raises Unsupported when nothing came, ValueError when what came is not finite; `name` says where."""
         if not self.count:
             raise Unsupported(f"no calibration batch reached {name}; it has no statistics")
-        if not bool(self.gram.isfinite().all()):
+        if not bool(self.products.isfinite().all()):
             raise ValueError(f"the input of {name} holds NaN or an infinity; clean the calibration data")
-        return Moments(self.gram / self.weight, (self.total / self.weight).float(), self.count)
+        mean = self.total / self.weight
+        centred = self.products.double() / self.weight - torch.outer(mean, mean)
+        mean = mean + self.shift
+        constant = centred.diagonal() <= (CONSTANT * mean).square()
+        centred[constant], centred[:, constant] = 0, 0
+        return Moments(centred.float(), mean.float(), self.count)
 
 
 def observe(

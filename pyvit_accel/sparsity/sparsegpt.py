@@ -69,14 +69,16 @@ def refit(
     diagonal = gram.diagonal()
     added = damping * diagonal.mean() if bool(diagonal.any()) else 1.0
     gram = gram + added * torch.eye(K, device=gram.device)
-    scale, tiny = 1 / gram.diagonal(), torch.finfo(torch.float32).tiny
+    tiny = torch.finfo(torch.float32).tiny
+    scale = 1 / gram.diagonal().clamp(min=tiny)
     found = (w if start is None else start.detach().float()) * mask
     left = ((w - found) @ gram) * mask
     step = left * scale
     size = (left * step).sum(1, keepdim=True)
     for _ in range(steps):
         change = (step @ gram) * mask
-        length = size / (step * change).sum(1, keepdim=True).clamp(min=tiny)
+        curvature = (step * change).sum(1, keepdim=True)
+        length = torch.where(curvature > tiny, size / curvature, 0.0)
         found = found + length * step
         left = left - length * change
         ahead = left * scale
@@ -86,11 +88,17 @@ def refit(
 
 
 def _factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper triangular U (K, K) float32 with U^T U the inverse of the damped gram."""
-    gram = gram.double()
-    diagonal = gram.diagonal()
-    added = damping * diagonal.mean()
-    dead = (diagonal <= 0).double()  # else the inverse of what is never seen would be unbounded
-    gram = gram + torch.diag(added + dead)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    """Upper triangular U (K, K) float32 with U^T U the inverse of the damped gram; damped more where rounding has left
+    it with negative eigenvalues."""
+    gram = gram.double().clone()
+    dead = gram.diagonal() <= 0
+    gram[dead], gram[:, dead] = 0, 0
+    mean = gram.diagonal().mean()
+    gram.diagonal()[dead] = 1.0  # else the inverse of what is never seen would be unbounded
+    gram.diagonal().add_(damping * mean)
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    while bool(failed):
+        damping = max(10 * damping, 1e-6)
+        gram.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
