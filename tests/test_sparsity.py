@@ -14,7 +14,7 @@ from pyvit_accel.errors import Unsupported
 from pyvit_accel.sparsity import Moments
 from pyvit_accel.sparsity.masks import PATTERNS
 from pyvit_accel.sparsity.moments import Sums
-from pyvit_accel.sparsity.permute import _best_swaps
+from pyvit_accel.sparsity.permute import _best_swaps, _larger
 
 
 def chunks(mask):
@@ -195,7 +195,8 @@ def test_a_round_of_swaps_never_loses():
     shares = [sparsity.search(score, rounds).after for rounds in range(6)]
     assert shares[0] == pytest.approx(sparsity.kept_energy(score.sqrt(), sparsity.largest_two(score)), rel=1e-5)
     assert all(later >= earlier for earlier, later in pairwise(shares)) and shares[1] > shares[0]
-    swaps = _best_swaps(torch.rand(64, 64) + 100, score)
+    assert torch.allclose(_larger(score.T, score.T[:9]), torch.maximum(score.T[:, None], score.T[:9]).sum(-1))
+    swaps = _best_swaps(torch.rand(64, 64) + 100, score.T)
     assert sorted(place // 4 for swap in swaps for place in swap) == list(range(16))
 
 

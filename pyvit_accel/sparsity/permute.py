@@ -21,6 +21,8 @@ from pyvit_accel.errors import Unsupported
 from pyvit_accel.sparsity.masks import CHUNK, largest_two
 
 LEAST = 1e-5  # of what a chunk holds, that a swap must gain: float32 sums of many rows know no less
+BLOCK = {"cpu": 2**18}  # elements compared at a time: on a CPU they stay in the cache
+OTHER_BLOCK = 2**26
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ def search(score: Tensor, rounds: int = 100) -> Permutation:
     total = float(score.sum(dtype=torch.float64))
     before = _kept(score)
     if G > 1 and total > 0:
-        s = score[:, : G * CHUNK].float()
-        s = s * (len(s) * G / total)  # a chunk of one row has 1: gains are told from rounding
+        s = score[:, : G * CHUNK].float() * (len(score) * G / total)  # a chunk of one row has 1: gains are no rounding
+        s = s.T.contiguous()
         kept = torch.empty(G * CHUNK, G * CHUNK, device=score.device)
         touched = torch.arange(G, device=score.device)
         for _ in range(rounds):
             grouped = order[: G * CHUNK]
             _update(kept, s, grouped.view(G, CHUNK)[touched])
-            swaps = _best_swaps(kept[grouped][:, grouped], s[:, grouped])
+            swaps = _best_swaps(kept[grouped][:, grouped], s[grouped])
             if not swaps:
                 break
             for i, j in swaps:
@@ -73,23 +75,33 @@ def _kept(score: Tensor) -> float:
 def _update(kept: Tensor, s: Tensor, chunks: Tensor) -> None:
     """kept[i, j], of inputs: what the chunk of i keeps with j in its place; anew for the inputs of chunks (G, 4).
 
-    That is the best of the other three, and the larger of the second of them and j; max(a, b) = (a + b + |a - b|) / 2.
+    That is the best of the other three, and the larger of the second of them and j. s (K, N).
     """
     others = torch.tensor([[j for j in range(CHUNK) if j != i] for i in range(CHUNK)], device=s.device)
-    first, second = s[:, chunks[:, others]].topk(2, dim=-1).values.flatten(1, 2).unbind(-1)  # (N, 4 G)
-    apart = torch.cdist(second.T.contiguous(), s.T.contiguous(), p=1)
-    kept[chunks.flatten()] = first.sum(0)[:, None] + (second.sum(0)[:, None] + s.sum(0) + apart) / 2
+    first, second = s[chunks[:, others]].topk(2, dim=2).values.flatten(0, 1).unbind(1)  # (4 G, N)
+    kept[chunks.flatten()] = first.sum(1)[:, None] + _larger(second, s)
+
+
+def _larger(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over N of the larger of a (I, N) and b (J, N): (I, J). A third of the time of torch.cdist, on a CPU."""
+    height = CHUNK
+    width = max(1, BLOCK.get(a.device.type, OTHER_BLOCK) // (height * a.shape[1]))
+    found = a.new_empty(len(a), len(b))
+    for rows, own in zip(a[:, None].split(height), found.split(height), strict=True):
+        for columns, part in zip(b.split(width), own.split(width, dim=1), strict=True):
+            torch.sum(torch.maximum(rows, columns), -1, out=part)
+    return found
 
 
 def _best_swaps(kept: Tensor, s: Tensor) -> list[tuple[int, int]]:
-    """Swaps (i, j) in falling order of gain, no chunk twice; kept and s in the current order."""
+    """Swaps (i, j) in falling order of gain, no chunk twice; kept (K, K) and s (K, N) in the current order."""
     K = len(kept)
-    now = s.unflatten(1, (-1, CHUNK)).topk(2, dim=-1).values.sum((0, 2)).repeat_interleave(CHUNK)
+    now = s.unflatten(0, (-1, CHUNK)).topk(2, dim=1).values.sum((1, 2)).repeat_interleave(CHUNK)
     gain = kept + kept.T - now[:, None] - now
     # The best swap of every pair of chunks is enough: others of the pair are left out once it is taken.
     blocks = gain.view(K // CHUNK, CHUNK, K // CHUNK, CHUNK).transpose(1, 2).flatten(2)
     best, where = blocks.max(-1)
-    pairs = (best > LEAST * len(s)).triu(1).nonzero()
+    pairs = (best > LEAST * s.shape[1]).triu(1).nonzero()
     if not len(pairs):
         return []
     order = best[pairs[:, 0], pairs[:, 1]].argsort(descending=True, stable=True)
@@ -150,12 +162,14 @@ class Pair:
         D = score.shape[1] // self.heads
         found = [search(part) for part in score.split(D, dim=1)]
         shares = [float(part.sum(dtype=torch.float64)) for part in score.split(D, dim=1)]
-        total = sum(shares) or 1.0
-        return Permutation(
-            torch.cat([one.order + i * D for i, one in enumerate(found)]),
-            sum(one.before * share for one, share in zip(found, shares, strict=True)) / total,
-            sum(one.after * share for one, share in zip(found, shares, strict=True)) / total,
+        order, total = torch.cat([one.order + i * D for i, one in enumerate(found)]), sum(shares)
+        if not total:
+            return Permutation(order, 1.0, 1.0)
+        before, after = (
+            sum(value * share for value, share in zip(values, shares, strict=True)) / total
+            for values in ([one.before for one in found], [one.after for one in found])
         )
+        return Permutation(order, before, after)
 
     def fold(self, model: nn.Module, order: Tensor) -> None:
         layers = model.get_submodule(self.producer), model.get_submodule(self.consumer)
@@ -171,16 +185,26 @@ def pair_of(model: nn.Module, name: str) -> Pair:
     module = model.get_submodule(parent)
     parameters = {key.split(".")[0] for key, _ in module.named_parameters()}
     if own == "fc2" and isinstance(getattr(module, "fc1", None), nn.Linear):
-        act = getattr(module, "act", None)
-        if parameters != {"fc1", "fc2"} or not _any_order(act, module.fc1):
+        act, gated = getattr(module, "act", None), module.fc1.out_features != module.fc2.in_features
+        if gated or parameters != {"fc1", "fc2"} or not _any_order(act, module.fc1):
             raise Unsupported(f"{name}: its inputs do not follow the rows of fc1, through {type(act).__name__}")
+        _check_own(model, name, module, ("fc1", "fc2"))
         return Pair(f"{parent}.fc1", name)
     if own == "proj" and isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
         plain = parameters <= {"qkv", "proj", "q_norm", "k_norm"}
         if not plain or module.qkv.out_features != 3 * module.proj.in_features:
             raise Unsupported(f"{name}: this {type(module).__name__} is no plain attention of qkv and proj")
+        _check_own(model, name, module, ("qkv", "proj"))
         return Pair(f"{parent}.qkv", name, module.num_heads)
     raise Unsupported(f"{name}: its inputs are shared with other layers; the inputs of fc2 and proj alone can move")
+
+
+def _check_own(model: nn.Module, name: str, module: nn.Module, layers: tuple[str, str]) -> None:
+    """Raise Unsupported where parameters of these layers of the module are read elsewhere too."""
+    own = {id(parameter) for layer in layers for parameter in module.get_submodule(layer).parameters()}
+    for other_name, other in model.named_modules():
+        if other is not module and any(id(p) in own for child in other.children() for p in child._parameters.values()):
+            raise Unsupported(f"{name}: {layers[0]} or {layers[1]} share weights with {other_name or 'the model'}")
 
 
 def _any_order(act: nn.Module | None, fc1: nn.Linear) -> bool:
