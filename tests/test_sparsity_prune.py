@@ -82,6 +82,16 @@ def test_which_inputs_can_move(vit):
         kind = type(mlp.act).__name__
         with pytest.raises(Unsupported, match=f"blocks.0.mlp.fc2: its inputs do not follow .* fc1, through {kind}"):
             sparsity.pair_of(vit, "blocks.0.mlp.fc2")
+    mlp.act = nn.SiLU()
+    mlp.fc1 = nn.Linear(32, 256)  # of a gated MLP
+    with pytest.raises(Unsupported, match=r"blocks.0.mlp.fc2: its inputs do not follow .* fc1, through SiLU"):
+        sparsity.pair_of(vit, "blocks.0.mlp.fc2")
+    vit.blocks[1].mlp.fc1.weight = vit.blocks[2].mlp.fc1.weight
+    with pytest.raises(Unsupported, match=r"blocks.1.mlp.fc2: fc1 or fc2 share weights with blocks.2.mlp"):
+        sparsity.pair_of(vit, "blocks.1.mlp.fc2")
+    vit.blocks[2].attn.qkv = vit.blocks[0].attn.qkv
+    with pytest.raises(Unsupported, match=r"blocks.2.attn.proj: qkv or proj share weights with blocks.0.attn"):
+        sparsity.pair_of(vit, "blocks.2.attn.proj")
     vit.blocks[1].attn.temperature = nn.Parameter(torch.ones(2))
     with pytest.raises(Unsupported, match=r"blocks.1.attn.proj: this Attention is no plain attention"):
         sparsity.pair_of(vit, "blocks.1.attn.proj")
@@ -207,6 +217,52 @@ def test_tokens_count_by_what_their_error_does(vit, images):
         assert torch.allclose(found[name].gram, expected.gram, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", sparsity.METHODS)
+def test_nothing_to_tell_apart(vit, images, method):
+    """Weights of zero and images without contrast: no division by zero, nothing that is not finite."""
+    model = vit.float()
+    model.blocks[0].attn.proj.weight.zero_()
+    model.blocks[1].mlp.fc2.weight.zero_()
+    found = prune(model, LAYERS, [torch.zeros(8, 3, 32, 32)], method, permute=True)
+    assert [found[1].permuted, found[7].permuted] == [1.0, 1.0] and model(images.float()).isfinite().all()
+
+
+class Told(nn.Module):
+    """Blocks that are told something more."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.told, self.blocks = told, nn.ModuleList(Add() for _ in range(2))
+
+    def forward(self, x):
+        for block, told in zip(self.blocks, self.told, strict=True):
+            x = block(x, told=told)
+        return x
+
+
+class Add(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x, told):
+        return x + self.fc(x * told)
+
+
+TOLD = {"alike": (1.5, 1.5), "numbers": (1.0, 9.0), "tensors": (torch.ones(8), 9 * torch.ones(8))}
+
+
+@pytest.mark.parametrize("told", TOLD.values(), ids=TOLD)
+def test_what_each_block_is_told(told):
+    model, x = Told(told).eval(), torch.randn(64, 8)
+    names = ["blocks.0.fc", "blocks.1.fc"]
+    stream = Stream(model, [x], names, True, True)
+    assert stream.chain == (told[0] is told[1])
+    stream.advance("blocks.0")
+    found = stream.moments("blocks.1", names[1:])[names[1]]
+    assert torch.allclose(found.mean, sparsity.observe(model, x, names)[names[1]].mean, atol=1e-5)
+
+
 class Pairs(nn.Module):
     """Two blocks that are no chain: something is added in between, and one takes its input by name."""
 
@@ -236,6 +292,11 @@ def test_refused(vit, images):
         prune(vit, LAYERS, [images], "best")
     with pytest.raises(ValueError, match=r"'blocks.9' matches no Linear of the model; they are blocks.0.attn.qkv, "):
         prune(vit, "blocks.9", [images])
+    with pytest.raises(ValueError, match=r"prune: no layers are named; they are blocks.0.attn.qkv, "):
+        prune(vit, [], [images])
+    with pytest.raises(ValueError, match="images have shape"):
+        prune(vit, LAYERS, [images, images[0]])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
     with pytest.raises(ValueError, match="sparsegpt needs calibration batches; magnitude alone does without"):
         prune(vit, LAYERS)
     pairs = Pairs().eval()
@@ -245,6 +306,11 @@ def test_refused(vit, images):
             prune(pairs, layers, [torch.randn(4, 8)])
     assert torch.equal(pairs.blocks[0].weight, before.blocks[0].weight)
     assert not pairs.unused._forward_pre_hooks and not pairs.blocks[0]._forward_hooks
+    pairs.head = nn.utils.parametrizations.weight_norm(pairs.head)
+    with pytest.raises(Unsupported, match="head: its weight is computed from others"):
+        prune(pairs, "head", method="magnitude")
+    with pytest.raises(Unsupported, match=r"blocks.0: its weight is on the meta device"):
+        prune(Pairs().to("meta"), "blocks.*", method="magnitude")
     vit.blocks[1].mlp.fc1.weight[5, 9] = torch.nan
     before = deepcopy(vit.blocks[0])
     for method in sparsity.METHODS:

@@ -2,7 +2,7 @@
 
     pruned = prune(model, ["blocks.*.mlp.*", "blocks.*.attn.*"], batches)      in place
 
-magnitude    the two largest weights of every chunk; needs no batch, uses them for the report if there are some
+magnitude    the two largest weights of every chunk; needs no batch, uses them for bias and report if there are some
 wanda        the same of |w| times the norm of the input
 sparsegpt    masks and values that make good what goes (sparsegpt.py)
 """
@@ -71,7 +71,8 @@ def prune(
     progress      progress(groups, label) iterates the groups
 
     Raises ValueError for a method or name that is not known and for weights that are not finite, naming the layer;
-    Unsupported, naming it too, for a layer that no batch reached.
+    Unsupported, naming it too, for a layer that no batch reached, for a weight that is computed from others
+    (torch.nn.utils.parametrize) and for one without values (on meta).
     """
     if method not in METHODS:
         raise ValueError(f"prune: method={method!r}; use one of {', '.join(METHODS)}")
@@ -80,7 +81,7 @@ def prune(
     if not batches and method != "magnitude":
         raise ValueError(f"prune: {method} needs calibration batches; magnitude alone does without")
     for name in names:
-        _check_finite(model.get_submodule(name).weight, name)
+        _check_weight(model.get_submodule(name), name)
     stream = Stream(model, batches, names, sequential, weigh_tokens)
     found: list[Pruned] = []
     for block, group in stream.groups if progress is None else progress(stream.groups, method):
@@ -143,7 +144,12 @@ def _score(w: Tensor, seen: Moments | None, method: str) -> Tensor:
     return energy if method == "magnitude" else energy * seen.gram.diagonal()
 
 
-def _check_finite(w: Tensor, name: str) -> None:
+def _check_weight(layer: nn.Linear, name: str) -> None:
+    w = layer.weight
+    if "weight" not in layer._parameters:
+        raise Unsupported(f"{name}: its weight is computed from others and cannot be written to; remove that first")
+    if w.is_meta:
+        raise Unsupported(f"{name}: its weight is on the meta device and has no values; load the checkpoint first")
     if not bool((finite := w.isfinite()).all()):
         row, k = (~finite).nonzero()[0].tolist()
         raise ValueError(
@@ -153,6 +159,8 @@ def _check_finite(w: Tensor, name: str) -> None:
 
 def _matching(model: nn.Module, patterns: list[str]) -> list[str]:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not patterns:
+        raise ValueError(f"prune: no layers are named; they are {', '.join(names[:8])} ...")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"prune: {pattern!r} matches no Linear of the model; they are {', '.join(names[:8])} ...")

@@ -52,20 +52,22 @@ class Stream:
                 self.inputs.append((args, kwargs))
                 if not missed and len(self.inputs) > 1:
                     raise _Stop  # the first batch has shown all but this
-            elif module in blocks and not (args and args[0] is last[0]):
+            elif module in blocks and not (args and args[0] is last[0] and _same_rest((args, kwargs), self.inputs[-1])):
                 apart.append(module)
 
         def leave(module, args, output):
             last[0] = _first(output)
 
         handles = [module.register_forward_hook(leave) for module in blocks]
-        with hooked(dict.fromkeys([*blocks, *missed], enter)):
-            for args, kwargs in calls(self.model, self.batches):
-                last[0] = None
-                with suppress(_Stop):
-                    self.model(*args, **kwargs)
-        for handle in handles:
-            handle.remove()
+        try:
+            with hooked(dict.fromkeys([*blocks, *missed], enter)):
+                for args, kwargs in calls(self.model, self.batches):
+                    last[0] = None
+                    with suppress(_Stop):
+                        self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
         for name in missed.values():  # before anything is changed
             raise Unsupported(f"no calibration batch reached {name}; it has no statistics")
         self.chain = not apart and len(self.inputs) == len(self.batches) and all(args for args, _ in self.inputs)
@@ -124,6 +126,14 @@ def _block(name: str) -> str:
     parts = name.split(".")
     ends = [i for i, part in enumerate(parts[:-1]) if part[-1:].isdigit()]
     return ".".join(parts[: ends[0] + 1]) if ends else name
+
+
+def _same_rest(one: tuple[tuple, dict], other: tuple[tuple, dict]) -> bool:
+    """Whether two calls (args, kwargs) differ in the first argument alone."""
+    if len(one[0]) != len(other[0]) or one[1].keys() != other[1].keys():
+        return False
+    pairs = [*zip(one[0][1:], other[0][1:], strict=True), *((x, other[1][key]) for key, x in one[1].items())]
+    return all(a is b or (isinstance(a, (bool, int, float, str)) and a == b) for a, b in pairs)
 
 
 def _first(output):
