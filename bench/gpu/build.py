@@ -25,12 +25,21 @@ def cpu(task: Task) -> dict:
     return {"files": [path.name for path in (Path(task.lib) / "pyvit_accel").glob("_C*.so")]}
 
 
+def nvcc() -> str | None:
+    """Its path, under CUDA_HOME or else on the PATH: where setup.py finds it."""
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+
+
+NO_NVCC = {"status": "not run", "why": "there is no nvcc under CUDA_HOME or on the PATH"}
+
+
 def cuda(task: Task) -> dict:
     """The CUDA library, copied beside the package's modules."""
-    if shutil.which("nvcc") is None:
-        return {"status": "not run", "why": "there is no nvcc on the PATH"}
+    if nvcc() is None:
+        return NO_NVCC
     source = Path(task.root) / "pyvit_accel"
-    _call([sys.executable, "setup.py", "build_cuda"], task, NVCC_APPEND_FLAGS="--threads=4")
+    _call([sys.executable, "setup.py", "build_cuda"], task)
     built = sorted(source.glob("libpyvit_accel_cuda*.so"))
     for library in built:
         shutil.copy2(library, Path(task.lib) / "pyvit_accel")
@@ -39,8 +48,8 @@ def cuda(task: Task) -> dict:
 
 def probes(task: Task) -> dict:
     """The program that measures pipes."""
-    if shutil.which("nvcc") is None:
-        return {"status": "not run", "why": "there is no nvcc on the PATH"}
+    if nvcc() is None:
+        return NO_NVCC
     compiled = compile_probes(Path(task.root), Path(task.work))
     faults = machine_code.check(compiled)
     if faults:
@@ -59,7 +68,7 @@ def compile_probes(root: Path, folder: Path) -> Path:
     flags = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas", "-v", *ARCHITECTURES]
     objects = [folder / f"probe_{path.stem}.o" for path in sources]
     running = [
-        subprocess.Popen(["nvcc", *flags, "-c", str(path), "-o", str(made)], stdout=subprocess.PIPE,
+        subprocess.Popen([nvcc(), *flags, "-c", str(path), "-o", str(made)], stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, text=True)
         for path, made in zip(sources, objects, strict=True)
     ]  # fmt: skip
@@ -68,7 +77,7 @@ def compile_probes(root: Path, folder: Path) -> Path:
         (folder / f"probe_{path.stem}.txt").write_text(printed, encoding="utf-8")
         if process.returncode:
             raise RuntimeError(f"nvcc on {path.name}: {first_error(printed)}")
-    link = ["nvcc", *ARCHITECTURES, *map(str, objects), "-o", str(target)]
+    link = [nvcc(), *ARCHITECTURES, *map(str, objects), "-o", str(target)]
     subprocess.run(link, check=True, capture_output=True, text=True)
     return target
 

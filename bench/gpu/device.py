@@ -9,6 +9,7 @@ import subprocess
 import torch
 import torch.nn.functional as F
 
+from bench.gpu import build
 from bench.gpu.task import Task
 from bench.gpu.timing import clocks, measure, settle
 from pyvit_accel import backends, cuda, ops  # noqa: F401 - owners are asked of registered ops
@@ -27,7 +28,7 @@ def about(device: str) -> dict:
     except ImportError:
         found["triton"] = None
     found |= {"cuda_library": cuda.status(), "owners": {op: on_cuda for op, _, on_cuda in backends.owners()}}
-    found["nvcc"] = _printed("nvcc", "--version").partition("release ")[2].partition(",")[0]
+    found["nvcc"] = _printed(build.nvcc() or "nvcc", "--version").partition("release ")[2].partition(",")[0]
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         found |= {

@@ -1,7 +1,4 @@
-"""A pytest plugin: tests are items of a task. Each is on disk before and after it runs, and a lost GPU ends all.
-
-Tests that only compile are left out: they need no GPU, and run without one.
-"""
+"""A pytest plugin: tests are items of a task. Each is on disk before and after it runs, and a lost GPU ends all."""
 
 from __future__ import annotations
 
@@ -12,14 +9,11 @@ import pytest
 from bench.gpu.made import Absent
 from bench.gpu.task import BROKEN, Task, lost, reason, spoiled
 
-COMPILING = ("architecture", "tmp_path")  # what tests that compile for several GPUs ask for
 TASK = Task.current()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    running = [item for item in items if not set(COMPILING) & set(getattr(item, "fixturenames", ()))]
-    if TASK.shards > 1:
-        running = in_turn(running)[TASK.shard :: TASK.shards]
+    running = in_turn(items)[TASK.shard :: TASK.shards] if TASK.shards > 1 else items
     left = set(TASK.plan([item.nodeid for item in running]))
     items[:] = [item for item in running if item.nodeid in left]
 
