@@ -96,7 +96,7 @@ def _baseline(job: Linear, name: str, device: str) -> Made:
     def check() -> None:
         rows = sample(M).to(device)
         x, w, bias = (t.double() for t in floats[0])
-        y = x[rows] @ (w * _kept(floats[0][1])).T if name == "cusparselt" else x[rows] @ w.T + bias
+        y = x[rows] @ (w * kept(floats[0][1])).T if name == "cusparselt" else x[rows] @ w.T + bias
         result = made[0]()[rows]
         steps = STEP * K**0.5 if result.dtype == torch.int8 or name == "cusparselt" else 1.0
         assert_close(result.float() * steps, F.gelu(y) if job.activation == "gelu" else y, 0.1)
@@ -153,7 +153,7 @@ def _scaled_mm(job: Linear, name: str, x: Tensor, w: Tensor, bias: Tensor) -> Ca
     return call
 
 
-def _kept(w: Tensor) -> Tensor:
+def kept(w: Tensor) -> Tensor:
     """The two largest of every four inputs."""
     groups = w.abs().view(w.shape[0], -1, 4)
     return torch.zeros_like(groups).scatter_(2, groups.topk(2, dim=2).indices, 1.0).view_as(w)
@@ -162,7 +162,7 @@ def _kept(w: Tensor) -> Tensor:
 def _cusparselt(job: Linear, name: str, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     if not torch.backends.cusparselt.is_available():
         raise Absent("this torch has no cuSPARSELt")
-    compressed, x = torch._cslt_compress(_codes(w * _kept(w))), _codes(x)
+    compressed, x = torch._cslt_compress(_codes(w * kept(w))), _codes(x)
     alpha = torch.tensor(CODES_A_UNIT**-2.0 / (STEP * job.K**0.5), device=x.device)
     out = None if job.to_codes else torch.bfloat16
     return lambda: torch._cslt_sparse_mm(compressed, x.T, alpha=alpha, out_dtype=out, transpose_result=True)

@@ -22,7 +22,7 @@ from bench.gpu.task import Task
 from pyvit_accel import backends
 
 FLOAT = ("weight_only_linear", "propagate", "local_assign", "class_row", "match_tokens", "linear mantissa",
-         "sparse24_linear")  # fmt: skip
+         "sparse24_linear of floats")  # fmt: skip
 BOUND = 2e-3  # |result - truth| / |truth| of these
 CODE_SHARE = 0.02  # of their codes that may be one off
 REPEATS = 6
@@ -46,7 +46,8 @@ def items(found: dict[str, Callable], device: str) -> list[tuple[str, str]]:
         pairs += [(backend, name) for name in found if name.split()[0] in has]
     of_bits = {bits: [n for n in found if n.startswith("lowbit_linear") and f", {bits} bits" in n] for bits in (4, 8)}
     pairs += [(config, name) for bits in (8, 4) for config in launchers.configs(bits) for name in of_bits[bits]]
-    return pairs
+    sparse = {name: call.args[1].dtype for name, call in found.items() if name.startswith("sparse24_linear")}
+    return pairs + [(c, name) for name, dtype in sparse.items() for c in launchers.sparse24_configs(dtype)]
 
 
 def truth_of(call) -> list[Tensor]:

@@ -23,6 +23,7 @@ PARTS = (
     Part("attention", "attention beside SDPA", _benchmark("attention"), 8, 60),
     Part("rows", "norms and gathers beside torch.compile", _benchmark("rows"), 6, 60),
     Part("configs", "the kernels of the CUDA library, one by one", _benchmark("configs"), 8, 30),
+    Part("sparse24", "2:4 weights from registers and from shared memory", _benchmark("sparse24"), 14, 30),
     Part("models", "ViT-B, L and H beside torch.compile in bf16", ("-m", "bench.gpu.models"), 30, 90),
     Part("tests", "the launchers' tests, on this GPU", ("-m", "bench.gpu.tests"), 18, 120, TEST_SHARDS),
     Part("sanitizer", "compute-sanitizer memcheck, racecheck and synccheck", ("-m", "bench.gpu.sanitizer"), 14, 120),

@@ -12,6 +12,7 @@ from bench.gpu.floors import ceilings, floor_ms
 
 NAMES = 16  # of failures and losses that the summary shows
 ASSUMED = "assumed"
+MARKS = ("planned", "eager")  # of rows: by the kernel that the plan chooses; not in a graph
 
 
 def write(output: Path, work: Path | None = None) -> str:
@@ -129,7 +130,7 @@ def _tables(found: list[dict]) -> list[str]:
         for row in sorted(of_job, key=lambda row: row["ms"]):
             seconds, floor = row["ms"] / 1e3, row.get("floor_ms")
             sections.setdefault(row["part"], []).append((
-                job, goals.called(row) + (" (eager)" if row.get("eager") else ""), f"{row['ms']:.4g}",
+                job, goals.called(row) + "".join(f" ({mark})" for mark in MARKS if row.get(mark)), f"{row['ms']:.4g}",
                 f"{floor:.3g}" if floor else "", f"{floor / row['ms']:.0%}" if floor else "",
                 f"{row['ops'] / seconds / 1e12:.0f}" if row.get("ops") else "",
                 f"{row['bytes'] / seconds / 1e9:.0f}" if row.get("bytes") else "", row.get("clock_mhz") or "",

@@ -17,7 +17,7 @@ from bench.gpu.task import Task
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = ("Invalid", "Race reported", "hazard", "Barrier error", "Error:", "out of bounds", "Uninitialized")
-SHARING = ("lowbit_linear", "quant_attention", "codebook_linear", "weight_only_linear")  # through shared memory
+SHARING = ("lowbit_linear", "sparse24_linear", "quant_attention", "codebook_linear", "weight_only_linear")
 TOOLKIT = Path("/usr/local/cuda/bin/compute-sanitizer")
 
 
@@ -41,11 +41,12 @@ def planned(task: Task) -> Iterator[str]:
     from bench.gpu import launchers, ops
 
     pairs = ops.items(ops.calls(Path(task.root), "cpu"), "cuda")
+    single = {*launchers.configs(), *launchers.sparse24_configs()}
     count: dict[str, int] = {}
     chosen = []
     for backend, name in pairs:
         count[backend] = count.get(backend, 0) + 1
-        few = 2 if backend in launchers.configs() else len(pairs)
+        few = 2 if backend in single else len(pairs)
         if backend != "owner" and count[backend] <= few:
             chosen.append((backend, name))
     for tool in TOOLS:

@@ -13,17 +13,18 @@ MODELS = {  # width, hidden, heads, head dimension, tokens
 
 @dataclass(frozen=True)
 class Linear:
-    """y (M, N) = x (M, K) w^T: a layer of a model at a batch, to int8 codes or to floats."""
+    """y (M, N) = x (M, K) w^T: a layer of a model at a batch, or of so many tokens, to int8 codes or to floats."""
 
     model: str
     layer: str
-    batch: int
+    batch: int = 1
     to_codes: bool = True
     activation: str = "none"
+    tokens: int | None = None
 
     @property
     def M(self) -> int:
-        return self.batch * _of(self.model)[4]
+        return self.batch * _of(self.model)[4] if self.tokens is None else self.tokens
 
     @property
     def K(self) -> int:
@@ -36,7 +37,8 @@ class Linear:
         return {"qkv": 3 * width, "proj": width, "fc1": hidden, "fc2": width}[self.layer]
 
     def __str__(self) -> str:
-        return f"{self.model} {self.layer}{'+' + self.activation if self.activation != 'none' else ''} x{self.batch}"
+        size = f"x{self.batch}" if self.tokens is None else f"{self.tokens} tokens"
+        return f"{self.model} {self.layer}{'+' + self.activation if self.activation != 'none' else ''} {size}"
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,20 @@ ATTENTIONS = (
 )  # fmt: skip
 ROWS = (Rows(B, 64), Rows(B, 64, 0.5), Rows(L, 64), Rows(B, 8), Rows(H, 64), Rows(H, 64, 0.5))
 WEIGHT_ONLY = (Linear(B, "fc1", 1, to_codes=False), Linear(L, "fc1", 1, to_codes=False))
+SPARSE24 = (  # whether weights come from registers or from shared memory is decided by M, N and K
+    *(Linear(model, layer, to_codes=layer in ("qkv", "fc1"), tokens=tokens)
+      for layer in ("fc1", "fc2", "qkv", "proj") for tokens in (197, 64, 788) for model in (B, L)),
+    Linear(B, "fc2", 64, to_codes=False), Linear(L, "fc1", 64),
+)  # fmt: skip
 TINY = {
     "linear": (Linear("tiny", "qkv", 2), Linear("tiny", "fc2", 2, to_codes=False)),
     "attention": (Attention(2, 2, 17, 32),),
     "rows": (Rows("tiny", 2), Rows("tiny", 2, 0.5)),
     "weight_only": (Linear("tiny", "fc1", 1, to_codes=False),),
+    "sparse24": (Linear("tiny", "fc1", tokens=5), Linear("tiny", "fc2", tokens=7, to_codes=False)),
 }
-ALL = {"linear": LINEARS, "attention": ATTENTIONS, "rows": ROWS, "weight_only": WEIGHT_ONLY}
+ALL = {"linear": LINEARS, "attention": ATTENTIONS, "rows": ROWS, "weight_only": WEIGHT_ONLY,
+       "sparse24": SPARSE24}  # fmt: skip
 
 
 def chosen(kind: str, device: str, quick: bool) -> tuple:
