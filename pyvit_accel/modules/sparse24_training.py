@@ -8,8 +8,8 @@
     backward="transposable"  Mf: two of four along inputs and rows, so that both products read the same sparse weight
     backward="bimask"        Mf as in "dense"; Mb: of it, two of every four rows in an order that keeps the most
 
-Masks are found by magnitude, anew every so many training steps. Products are dense ones here: this is the form that
-learns, Sparse24Linear the one that is fast.
+Masks are found by magnitude, anew every so many steps: a step is a forward pass in training mode, but for those that
+checkpointing repeats. Products are dense ones here: this is the form that learns, Sparse24Linear the one that is fast.
 Zhou et al., SR-STE, arXiv:2102.04010. Hubara et al., arXiv:2102.08124. Zhang et al., Bi-Mask, arXiv:2302.06058 (its
 orders are drawn at random; here they are found by swaps).
 """
@@ -116,6 +116,11 @@ class Sparse24Training(nn.Linear):
         new.update_masks()
         return new.train(linear.training)
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "mask" in self._buffers:  # not while nn.Linear is being made
+            self.update_masks()
+
     @torch.no_grad()
     def update_masks(self) -> None:
         """Choose the masks by what the weights are now."""
@@ -130,11 +135,17 @@ class Sparse24Training(nn.Linear):
             self.mask = choose(size)
         self.updates += 1
 
+    @torch.compiler.disable  # which would compile anew for every number of steps
+    def _step(self) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint's second pass, in the backward: masks are those of the first
+        if self.steps and self.steps % self.every == 0 and (self.until is None or self.steps <= self.until):
+            self.update_masks()
+        self.steps += 1
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            if self.steps and self.steps % self.every == 0 and (self.until is None or self.steps <= self.until):
-                self.update_masks()
-            self.steps += 1
+            self._step()
         w = _StraightThrough.apply(self.weight, self.mask, self.decay)
         if self.backward_form != "bimask":
             return F.linear(x, w, self.bias)
@@ -166,16 +177,20 @@ class Sparse24Training(nn.Linear):
 
 def train_sparse24(model: nn.Module, layers: str | Iterable[str] = "*", **options) -> list[str]:
     """Make a Sparse24Training of every nn.Linear whose dotted name matches `layers` (globs), in place; their names.
+    One that has several names stays one under all of them.
 
     options  as of Sparse24Training. Raises ValueError for a glob that matches none.
     """
     globs = [layers] if isinstance(layers, str) else list(layers)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    everything = model.named_modules(remove_duplicate=False)
+    linears = {name: module for name, module in everything if type(module) is nn.Linear}
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in linears):
             some = ", ".join(list(linears)[:8])
             raise ValueError(f"train_sparse24: {glob!r} matches no nn.Linear; they are {some} ...")
-    names = [name for name in linears if any(fnmatchcase(name, glob) for glob in globs)]
+    chosen = {module for name, module in linears.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    new = {module: Sparse24Training.from_linear(module, **options) for module in chosen}
+    names = [name for name, module in linears.items() if module in chosen]
     for name in names:
-        model.set_submodule(name, Sparse24Training.from_linear(linears[name], **options))
+        model.set_submodule(name, new[linears[name]])
     return names
