@@ -126,4 +126,11 @@ inline void begin_launch(const Kernel& kernel, Launch& launch) {
   launch.cluster = kernel.cluster_features * kernel.cluster_tokens;
 }
 
+template <class Params>
+void set_params(const Params& params, Launch& launch) {
+  static_assert(sizeof(Params) <= sizeof(launch.params) && alignof(Params) <= 64);
+  launch.param_bytes = sizeof(params);
+  *reinterpret_cast<Params*>(launch.params) = params;
+}
+
 }  // namespace pyvit_accel

@@ -168,8 +168,7 @@ __device__ __forceinline__ void lowbit_linear(const LowbitLinear& p) {
 
 void prepare(const LowbitLinear& problem, const LowbitLinearConfig& config, int, Launch& launch) {
   launch.grid = static_cast<uint32_t>(tiles(config, problem.epilogue));
-  launch.param_bytes = sizeof(problem);
-  *reinterpret_cast<LowbitLinear*>(launch.params) = problem;
+  set_params(problem, launch);
 }
 
 }  // namespace

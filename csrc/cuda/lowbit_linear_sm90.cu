@@ -4,17 +4,15 @@
 //     w_packed  (ceil(N / 16), w_stride)  4 or 8 bits, formats/packed.py
 //     y         (M, N)  float32 or int8 codes, epilogue.cuh
 //
-// The grid is persistent: a block takes tiles blockIdx.x, + gridDim.x .. of FEATURES x TOKENS. One thread copies ahead, 128
-// inputs a stage, as far as there are stages, across tiles too; 128 threads (a consumer) multiply each 128 features. Where
-// 128 tokens or more share weights, so do clusters of two blocks: each copies half of them, to both:
+// The frame is hopper_linear.cuh: persistent blocks, a thread that copies ahead, consumers of 128 features each. A stage is 128
+// inputs. Where 128 tokens or more share weights, so do clusters of two blocks: each copies half of them, to both:
 //
 //     global                   shared, 128-byte swizzle           registers
 //     x rows of 128 bytes      [TOKENS][128]                      never: operand B of wgmma is read from shared memory
 //     packed, 4 chunks         [FEATURES / 16][4][chunk]          ld.shared.v4: A of two m64 wgmmas (4 bits: after unpacking)
 //
-//     producer    wait empty[i]   announce, copy x, copy w (to all blocks of the cluster); i goes round the stages
-//     consumer    wait full[i]    4 steps of 32 inputs: load A, two wgmmas, wait for those of the step before
-//                                 after the first of them all of stage i - 1 is read: arrive at empty[i - 1] (of all blocks)
+// A consumer takes 4 steps of 32 inputs a stage: load A, two wgmmas, wait for those of the step before. After the first of them
+// all of the stage before is read, and given back.
 //
 // So the loads and the unpacking of a step run under the products of the step before, whose A is in other registers. What
 // lies beyond M, N and K arrives as zeros from TMA; chunks beyond the last, which unpack to -8 at 4 bits, are not
@@ -24,60 +22,30 @@
 #include <cstddef>
 
 #include "epilogue.cuh"
-#include "hopper_stages.cuh"
-#include "linear_plan.h"
+#include "hopper_linear.cuh"
 #include "lowbit_linear_sm90.h"
 
 namespace pyvit_accel {
 namespace {
 
-struct Corner {
-  int m, n;  // token, feature
-};
-
-// The tiles of y that a cluster takes: as many tiles of tokens as it has blocks, of the same features.
-template <class Tile>
-struct Tiles {
-  static constexpr int TOKENS = Tile::TOKENS * Tile::CLUSTER;
-  uint32_t m, n;
-
-  __device__ __forceinline__ explicit Tiles(const Epilogue& e)
-      : m((e.M + TOKENS - 1) / TOKENS), n((e.N + Tile::FEATURES - 1) / Tile::FEATURES) {}
-  __device__ __forceinline__ uint32_t first() const { return blockIdx.x / Tile::CLUSTER; }
-  __device__ __forceinline__ uint32_t step() const { return gridDim.x / Tile::CLUSTER; }
-  __device__ __forceinline__ uint32_t end() const { return m * n; }
-  __device__ __forceinline__ Corner corner(uint32_t tile) const {  // of this block's
-    const TileIndex index = tile_index(tile, Tile::GROUP_M, m, n);
-    return {static_cast<int>(index.m * TOKENS + rank<Tile>() * Tile::TOKENS), static_cast<int>(index.n * Tile::FEATURES)};
-  }
-};
-
 // One thread.
 template <class Tile>
-__device__ __forceinline__ void produce(const HopperParams& p, Stages<Tile> at) {
+__device__ __forceinline__ void produce(const HopperParams& p, Stages<Tile> stages) {
   hopper::prefetch_tensor_map(p.x_map);
   hopper::prefetch_tensor_map(p.w_map);
-  const Tiles<Tile> tiles(p.epilogue);
-  for (uint32_t tile = tiles.first(); tile < tiles.end(); tile += tiles.step()) {
-    const Corner corner = tiles.corner(tile);
-    for (int chunk = 0; chunk < p.chunks; chunk += Tile::CHUNKS, at.next()) {
-      hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
-      uint64_t* const full = at.full + at.stage;
-      hopper::mbarrier_arrive_expect(full, Tile::STAGE_BYTES);  // all of it, though some may lie outside the tensors
-      hopper::tma_load(at.x(), p.x_map, full, chunk * CHUNK, corner.m);
-      const int line = chunk / Tile::CHUNKS * Tile::PACKED_LINES, first = corner.n / TILE;
-      if constexpr (Tile::CLUSTER == 1) {
-        hopper::tma_load(at.w(), p.w_map, full, 0, line, first);
-      } else {
-        constexpr uint16_t ALL = (1 << Tile::CLUSTER) - 1;
-        const uint32_t part = rank<Tile>();
-        hopper::tma_load_to(ALL, at.w() + part * Tile::W_PART_BYTES, p.w_map, full, 0, line, first + part * Tile::W_PART_TILES);
-      }
+  const int count = (p.chunks + Tile::CHUNKS - 1) / Tile::CHUNKS;
+  copy_ahead<Tile>(p.epilogue, count, stages, [&](const Stages<Tile>& at, Corner corner, int stage) {
+    uint64_t* const full = at.full + at.stage;
+    hopper::tma_load(at.x(), p.x_map, full, stage * (Tile::CHUNKS * CHUNK), corner.m);
+    const int line = stage * Tile::PACKED_LINES, first = corner.n / TILE;
+    if constexpr (Tile::CLUSTER == 1) {
+      hopper::tma_load(at.w(), p.w_map, full, 0, line, first);
+    } else {
+      const uint32_t part = rank<Tile>();
+      hopper::tma_load_to(Tile::ALL_BLOCKS, at.w() + part * Tile::W_PART_BYTES, p.w_map, full, 0, line,
+                          first + part * Tile::W_PART_TILES);
     }
-  }
-  // The other blocks still arrive here, which they could not if this one were gone.
-  if constexpr (Tile::CLUSTER > 1)
-    for (int i = 0; i < Tile::STAGES; ++i, at.next()) hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
+  });
 }
 
 // Products of 32 inputs: sums[i] of the i-th m64 of this consumer. w: the address of this lane's weights, chunk 0; x: the
@@ -109,13 +77,6 @@ __device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][Tile::TOKENS / 
   const int lane = threadIdx.x % 32;
   const uint32_t w = threadIdx.x / 32 * 2 * Tile::PACKED_BYTES + swizzle128(weight_offset(lane, Tile::PACKED_BYTES));
   uint64_t* read = at.empty;  // of the stage before
-  const auto give_back = [&](bool any) {
-    __syncwarp();
-    if constexpr (Tile::CLUSTER == 1)
-      hopper::mbarrier_arrive_if(read, any && lane == 0);
-    else
-      hopper::mbarrier_arrive_if(read, lane, any && lane < Tile::CLUSTER);  // lane i at block i
-  };
 
   const int whole = chunks / Tile::CHUNKS * Tile::CHUNKS;
   for (int chunk = 0; chunk < whole; chunk += Tile::CHUNKS, at.next()) {
@@ -125,12 +86,12 @@ __device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][Tile::TOKENS / 
     for (int i = 0; i < Tile::CHUNKS; ++i) {
       multiply<Tile>(sums, at.w() + w, x, i, chunk + i > 0);
       hopper::wgmma_wait<1>();
-      if (i == 0) give_back(chunk > 0);
+      if (i == 0) give_back<Tile>(read, chunk > 0);
     }
     read = at.empty + at.stage;
   }
   hopper::wgmma_wait<0>();
-  give_back(whole > 0);
+  give_back<Tile>(read, whole > 0);
   if (whole < chunks) {  // the last stage is not full; seldom, so it waits for every step
     hopper::mbarrier_wait(at.full + at.stage, at.parity);
     const uint64_t x = hopper::swizzled_operand(at.x());
@@ -139,33 +100,11 @@ __device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][Tile::TOKENS / 
       multiply<Tile>(sums, at.w() + w, x, i, whole + i > 0);
       hopper::wgmma_wait<0>();
     }
-    read = at.empty + at.stage;
-    give_back(true);
+    give_back<Tile>(at.empty + at.stage);
     at.next();
   }
   hopper::pin(sums[0]);
   hopper::pin(sums[1]);
-}
-
-// The sums of AT_ONCE tiles of 8 tokens as finish() takes them, those of turn `turn`, which is one of FIRST .. + COUNT - 1.
-// Registers have no index: every turn has its own moves, found by halving. They are volatile lest the compiler make them
-// all, and selections.
-template <class Tile, int FIRST = 0, int COUNT = Tile::TURNS>
-__device__ __forceinline__ void take(const int32_t (&sums)[2][Tile::TOKENS / 2], int turn, int32_t (&to)[2 * Tile::AT_ONCE][4]) {
-  if constexpr (COUNT > 1) {
-    if (turn < FIRST + COUNT / 2)
-      take<Tile, FIRST, COUNT / 2>(sums, turn, to);
-    else
-      take<Tile, FIRST + COUNT / 2, COUNT - COUNT / 2>(sums, turn, to);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 2 * Tile::AT_ONCE; ++j)
-#pragma unroll
-      for (int feature = 0; feature < 4; ++feature) {
-        const int at = 4 * (FIRST * Tile::AT_ONCE + j / 2) + 2 * (feature % 2) + j % 2;
-        asm volatile("shr.s32 %0, %1, %2;" : "=r"(to[j][feature]) : "r"(sums[feature / 2][at]), "n"(8 - Tile::W_BITS));
-      }
-  }
 }
 
 // Brings what this warp will add of the residual to L2, a line of 32 features from each token, under the products of the tile.
@@ -202,30 +141,8 @@ __device__ __forceinline__ void consume(const HopperParams& p, Stages<Tile> at) 
 
 template <class Tile>
 __device__ __forceinline__ void lowbit_linear(const HopperParams& p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the other architectures hold the name alone, which none of their plans has
-  extern __shared__ __align__(1024) uint8_t shared[];
-  const Stages<Tile> stages(shared);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::STAGES; ++i) {
-      hopper::mbarrier_init(stages.full + i, 1);
-      hopper::mbarrier_init(stages.empty + i, 4 * Tile::CONSUMERS * Tile::CLUSTER);
-    }
-    hopper::fence_mbarrier_init();
-  }
-  if constexpr (Tile::CLUSTER == 1)
-    __syncthreads();
-  else
-    hopper::cluster_sync();
-  hopper::allow_launch_after();
-  hopper::await_launches_before();  // nothing above reads or writes global memory
-  if (threadIdx.x < 128 * Tile::CONSUMERS) {
-    hopper::take_registers<Tile::CONSUMER_REGISTERS>();
-    consume<Tile>(p, stages);  // of every copy, so none is under way when the block ends
-  } else {
-    hopper::give_registers<Tile::PRODUCER_REGISTERS>();
-    if (threadIdx.x == 128 * Tile::CONSUMERS) produce<Tile>(p, stages);
-  }
-#endif
+  run_block<Tile>([&](const Stages<Tile>& stages) { produce<Tile>(p, stages); },
+                  [&](const Stages<Tile>& stages) { consume<Tile>(p, stages); });
 }
 
 template <class Tile>
@@ -235,18 +152,12 @@ void prepare(const LowbitLinear& problem, const LowbitLinearConfig& config, int 
   HopperParams params = {};
   params.epilogue = e;
   params.chunks = static_cast<int32_t>(chunks);
-  launch.param_bytes = sizeof(params);
-  *reinterpret_cast<HopperParams*>(launch.params) = params;
+  set_params(params, launch);
   launch.dependent = 1;
   launch.grid = persistent_grid(config, e, sm_count);
 
   launch.num_maps = 2;
-  TensorMap& x = launch.maps[0];
-  x.base = reinterpret_cast<uint64_t>(problem.x);
-  x.rank = 2, x.element_bytes = 1, x.swizzle = 1, x.offset = offsetof(HopperParams, x_map);
-  x.dims[0] = problem.K, x.dims[1] = e.M;
-  x.strides[0] = e.M > 1 ? problem.x_stride : 16 * ceil_div(problem.K, 16);  // a single row's means nothing
-  x.box[0] = Tile::CHUNKS * CHUNK, x.box[1] = Tile::TOKENS;
+  launch.maps[0] = map_of_x(problem.x, problem.x_stride, e.M, problem.K, 1, Tile::TOKENS, offsetof(HopperParams, x_map));
   TensorMap& w = launch.maps[1];
   w.base = reinterpret_cast<uint64_t>(e.w_packed) + HEADER;
   w.rank = 3, w.element_bytes = 1, w.swizzle = 1, w.offset = offsetof(HopperParams, w_map);
@@ -283,18 +194,10 @@ KERNELS(DEFINE)
 #undef DEFINE
 
 namespace pyvit_accel {
-namespace {
-
-template <class Tile>
-LowbitLinearConfig describe(const char* name, const void* function) {
-  return {{name, function, 90, Tile::FEATURES, Tile::TOKENS, Tile::THREADS, Tile::SHARED_BYTES, Tile::BLOCKS_PER_SM, 1, Tile::CLUSTER},
-          Tile::W_BITS, 4096, prepare<Tile>};
-}
-
-}  // namespace
 
 std::span<const LowbitLinearConfig> lowbit_linear_sm90() {
-#define DESCRIBE(NAME, W_BITS, CONSUMERS, TOKENS) describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)),
+#define DESCRIBE(NAME, W_BITS, CONSUMERS, TOKENS) \
+  {describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)), W_BITS, 4096, prepare<NAME##_tile>},
   static const LowbitLinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
   return configs;

@@ -23,47 +23,35 @@
 // 17000 clocks after the 8400 of the products of 256 x 176, in which the tensor cores rest. Two blocks of 128 x 128 on an SM
 // fill each other's. And small M or N leave SMs without a tile of the large ones. Hence all of them; the plan
 // (lowbit_linear.cu) chooses. With 64 tokens or fewer, memory is the floor: the weights come once, whatever the tile.
-//
-// Registers. An SM has 512 a lane in each of its four quarters, and warp w is in quarter w % 4. A fifth warp of a block, for
-// the copies, would take a quarter from 2 to 3 warps (two blocks an SM) and leave 168 to each of them: too few for 128 sums,
-// two steps of A and their addresses, and the assembler then waits after every wgmma. So the producer is a warpgroup too, of
-// which one thread works, and setmaxnreg moves what it does not need to the consumers: 2 x 2 x 128 = 2 (232 + 24), and
-// 3 x 168 = 2 x 240 + 24.
 #pragma once
 #include <cstdint>
 
-#include "fragments.cuh"
+#include "hopper_linear.cuh"
 #include "lowbit_linear.h"
 
 namespace pyvit_accel {
 
-// CONSUMERS: warpgroups that multiply, of 128 features each.
-template <int W_BITS_, int CONSUMERS_, int TOKENS_>
-struct HopperTile {
-  static constexpr int W_BITS = W_BITS_, CONSUMERS = CONSUMERS_, TOKENS = TOKENS_;
-  static constexpr int FEATURES = 128 * CONSUMERS;
-  static constexpr int BLOCKS_PER_SM = CONSUMERS == 1 ? 2 : 1;
-  static constexpr int CLUSTER = TOKENS < 128 ? 1 : 2;  // blocks of the same features, each of which copies its share to all
-  static constexpr int THREADS = 128 * (CONSUMERS + 1);  // the last 128 are the producer's
-  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : 240, PRODUCER_REGISTERS = 24;
-
-  static constexpr int GROUP_M = 16 / CLUSTER;  // token tiles that in turn share a column of weights in L2; 264: 16 x 16.5
+// With 128 tokens or more, clusters are of two blocks of the same features.
+template <int W_BITS_, int CONSUMERS, int TOKENS>
+struct HopperTile : HopperBlock<CONSUMERS, TOKENS, 1, TOKENS < 128 ? 1 : 2> {
+  using Block = HopperBlock<CONSUMERS, TOKENS, 1, TOKENS < 128 ? 1 : 2>;
+  static constexpr int W_BITS = W_BITS_, SHIFT = 8 - W_BITS;
+  static constexpr int GROUP_M = 16 / Block::CLUSTER;  // 264 blocks: 16 x 16.5
 
   // A stage: x as TOKENS lines of 128 inputs, then the packed tiles, each as lines of 128 bytes of its four chunks.
   static constexpr int CHUNKS = 4;
   static constexpr int PACKED_BYTES = CHUNKS * chunk_bytes(W_BITS), PACKED_LINES = PACKED_BYTES / 128;
-  static constexpr int X_BYTES = TOKENS * CHUNKS * CHUNK, W_BYTES = FEATURES / TILE * PACKED_BYTES;
+  static constexpr int X_BYTES = TOKENS * CHUNKS * CHUNK, W_BYTES = Block::FEATURES / TILE * PACKED_BYTES;
   static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
-  static constexpr int W_PART_BYTES = W_BYTES / CLUSTER, W_PART_TILES = FEATURES / TILE / CLUSTER;  // that a block copies
+  static constexpr int W_PART_BYTES = W_BYTES / Block::CLUSTER;  // that a block copies
+  static constexpr int W_PART_TILES = Block::FEATURES / TILE / Block::CLUSTER;
   static_assert(X_BYTES % 1024 == 0 && W_PART_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
-  // As many stages as shared memory holds, of 227 KiB, or 113 when two blocks share it; each has two barriers of 8 bytes.
-  static constexpr int SHARED_LIMIT = (BLOCKS_PER_SM == 2 ? 113 : 227) * 1024;
-  static constexpr int FIT = SHARED_LIMIT / (STAGE_BYTES + 16), STAGES = FIT < 8 ? FIT : 8;
+  // As many stages as shared memory holds, each with two barriers of 8 bytes.
+  static constexpr int FIT = Block::SHARED_LIMIT / (STAGE_BYTES + 16), STAGES = FIT < 8 ? FIT : 8;
   static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + 16);
   static_assert(STAGES >= 3, "one is multiplied, one is there, one is on its way");
 
-  // The epilogue takes as many tiles of 8 tokens in a turn as registers allow: their loads are under way together.
   static constexpr int AT_ONCE = TOKENS == 176 ? 1 : TOKENS == 16 || TOKENS == 128 ? 2 : 4, TURNS = TOKENS / 8 / AT_ONCE;
   static_assert(TOKENS % (8 * AT_ONCE) == 0, "turns are alike");
 };

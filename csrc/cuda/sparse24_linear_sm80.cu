@@ -188,8 +188,7 @@ __device__ __forceinline__ void sparse24_linear(const Sparse24Linear& p) {
 
 void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, int, Launch& launch) {
   launch.grid = static_cast<uint32_t>(tiles(config, problem.epilogue));
-  launch.param_bytes = sizeof(problem);
-  *reinterpret_cast<Sparse24Linear*>(launch.params) = problem;
+  set_params(problem, launch);
 }
 
 }  // namespace

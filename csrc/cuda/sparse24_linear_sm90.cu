@@ -4,9 +4,8 @@
 //     values, meta  P24 v1, formats/sparse24.py; FROM_ROWS: rows (features, steps, 32 bytes) instead of values
 //     y             (M, N)  int8: float32 or int8 codes; 16 bits: their type or int8 codes; epilogue.cuh
 //
-// The grid is persistent: a block takes tiles blockIdx.x, + gridDim.x .. of FEATURES x TOKENS. One thread copies x ahead, 128
-// bytes of every token a stage, as far as there are stages, across tiles too; 128 threads (a consumer) multiply each 128
-// features. Blocks of 128 tokens come in clusters of two, of the same tokens: each copies half of x, to both:
+// The frame is hopper_linear.cuh: persistent blocks, a thread that copies x ahead, consumers of 128 features each. A stage is 128
+// bytes of every token. Blocks of 128 tokens come in clusters of two, of the same tokens: each copies half of x, to both:
 //
 //     global                        shared                               registers
 //     x rows of 128 bytes           [TOKENS][128], 128-byte swizzle      never: operand B is read from shared memory
@@ -14,8 +13,8 @@
 //     FROM_ROWS: rows of 64 bytes   [2][FEATURES / 2][64], 64-byte       never: operand A is read from shared memory
 //     metadata of 2 k-steps         never                                ld.global.v2, a stage ahead
 //
-//     producer    wait empty[i]   announce, copy x (to all blocks of the cluster), rows; i goes round the stages
-//     consumer    wait full[i]    load A of the next stage, or of the next tile; four wgmmas; wait; arrive at empty[i] (of all)
+// A consumer loads A of the next stage, or of the next tile, waits for x of this one, and issues four wgmmas; when they are done
+// it gives the stage back.
 //
 // A warp's rows of the first m64 are a tile of 16 features, those of the second the next one, so that one word is the
 // metadata of both (sparse24.cuh). FROM_ROWS the copies put even tiles first and odd ones behind them, to the same end.
@@ -43,37 +42,32 @@
 #include <cstddef>
 
 #include "epilogue.cuh"
-#include "hopper_stages.cuh"
-#include "linear_plan.h"
+#include "hopper_linear.cuh"
 #include "sparse24.cuh"
 
 namespace pyvit_accel {
 namespace {
 
-// CONSUMERS: warpgroups that multiply, of 128 features each. FROM_ROWS: weights come from shared memory, not from registers.
-template <int ELEMENTS_, int CONSUMERS_, int TOKENS_, bool FROM_ROWS_>
-struct SparseTile {
-  static constexpr int ELEMENTS = ELEMENTS_, CONSUMERS = CONSUMERS_, TOKENS = TOKENS_;
+// With 128 tokens, clusters are of two blocks of the same ones. FROM_ROWS: weights come from shared memory, not from registers.
+template <int ELEMENTS_, int CONSUMERS, int TOKENS, bool FROM_ROWS_>
+struct SparseTile : HopperBlock<CONSUMERS, TOKENS, TOKENS < 128 ? 1 : 2, 1> {
+  using Block = HopperBlock<CONSUMERS, TOKENS, TOKENS < 128 ? 1 : 2, 1>;
+  static constexpr int ELEMENTS = ELEMENTS_, SHIFT = 0;
   static constexpr bool FROM_ROWS = FROM_ROWS_;
-  static constexpr int FEATURES = 128 * CONSUMERS;
-  static constexpr int BLOCKS_PER_SM = CONSUMERS == 1 ? 2 : 1;
-  static constexpr int CLUSTER = TOKENS < 128 ? 1 : 2;   // blocks of the same tokens, each of which copies its share to all
-  static constexpr int THREADS = 128 * (CONSUMERS + 1);  // the last 128 are the producer's
-  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : 240, PRODUCER_REGISTERS = 24;
 
-  static constexpr int GROUP_M = 16;  // token tiles that in turn share a column of weights in L2
+  static constexpr int GROUP_M = 16;
   // A stage: x, then the kept weights of even tiles of 16 features, then of odd ones.
-  static constexpr int X_BYTES = TOKENS * STAGE_INPUT_BYTES, W_BYTES = FROM_ROWS ? FEATURES * STAGE_INPUT_BYTES / 2 : 0;
+  static constexpr int X_BYTES = TOKENS * STAGE_INPUT_BYTES;
+  static constexpr int W_BYTES = FROM_ROWS ? Block::FEATURES * STAGE_INPUT_BYTES / 2 : 0;
   static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
-  static constexpr int X_PART_TOKENS = TOKENS / CLUSTER, X_PART_BYTES = X_BYTES / CLUSTER;  // that a block copies
+  static constexpr int X_PART_TOKENS = TOKENS / Block::CLUSTER, X_PART_BYTES = X_BYTES / Block::CLUSTER;  // that a block copies
   static_assert(X_PART_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
-  // Of 227 KiB, or 113 when two blocks share it; the rest is L1's, through which the weights come.
-  static constexpr int STAGES = FROM_ROWS && BLOCKS_PER_SM == 2 ? 4 : 6;
+  // What they leave of shared memory is L1's, through which the weights come.
+  static constexpr int STAGES = FROM_ROWS && Block::BLOCKS_PER_SM == 2 ? 4 : 6;
   static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + 16);
-  static_assert(SHARED_BYTES <= (BLOCKS_PER_SM == 2 ? 113 : 227) * 1024);
+  static_assert(SHARED_BYTES <= Block::SHARED_LIMIT);
 
-  // The epilogue takes as many tiles of 8 tokens in a turn as registers allow: their loads are under way together.
   static constexpr int AT_ONCE = TOKENS == 128 ? 2 : 4, TURNS = TOKENS / 8 / AT_ONCE;
   static_assert(TOKENS % (8 * AT_ONCE) == 0, "turns are alike");
 };
@@ -89,56 +83,25 @@ struct SparseParams {
   int32_t groups;  // of k-steps, of a packed row
 };
 
-struct Corner {
-  int m, n;  // token, feature
-};
-
-// The tiles of y that a cluster takes: as many tiles of features as it has blocks, of the same tokens.
-template <class Tile>
-struct Tiles {
-  static constexpr int FEATURES = Tile::FEATURES * Tile::CLUSTER;
-  uint32_t m, n;
-
-  __device__ __forceinline__ explicit Tiles(const Epilogue& e)
-      : m((e.M + Tile::TOKENS - 1) / Tile::TOKENS), n((e.N + FEATURES - 1) / FEATURES) {}
-  __device__ __forceinline__ uint32_t first() const { return blockIdx.x / Tile::CLUSTER; }
-  __device__ __forceinline__ uint32_t step() const { return gridDim.x / Tile::CLUSTER; }
-  __device__ __forceinline__ uint32_t end() const { return m * n; }
-  __device__ __forceinline__ Corner corner(uint32_t tile) const {  // of this block's
-    const TileIndex index = tile_index(tile, Tile::GROUP_M, m, n);
-    return {static_cast<int>(index.m * Tile::TOKENS), static_cast<int>(index.n * FEATURES + rank<Tile>() * Tile::FEATURES)};
-  }
-};
-
 // One thread.
 template <class Tile>
-__device__ __forceinline__ void produce(const SparseParams& p, Stages<Tile> at) {
+__device__ __forceinline__ void produce(const SparseParams& p, Stages<Tile> stages) {
   hopper::prefetch_tensor_map(p.x_map);
   if constexpr (Tile::FROM_ROWS) hopper::prefetch_tensor_map(p.w_map);
-  const Tiles<Tile> tiles(p.epilogue);
-  for (uint32_t tile = tiles.first(); tile < tiles.end(); tile += tiles.step()) {
-    const Corner corner = tiles.corner(tile);
-    for (int stage = 0; stage < p.stages; ++stage, at.next()) {
-      hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
-      uint64_t* const full = at.full + at.stage;
-      hopper::mbarrier_arrive_expect(full, Tile::STAGE_BYTES);  // all of it, though some may lie outside the tensors
-      const int input = stage * inputs_of_stage(Tile::ELEMENTS);
-      if constexpr (Tile::CLUSTER == 1) {
-        hopper::tma_load(at.x(), p.x_map, full, input, corner.m);
-      } else {
-        constexpr uint16_t ALL = (1 << Tile::CLUSTER) - 1;
-        const uint32_t part = rank<Tile>();
-        hopper::tma_load_to(ALL, at.x() + part * Tile::X_PART_BYTES, p.x_map, full, input,
-                            corner.m + part * Tile::X_PART_TOKENS);
-      }
-      if constexpr (Tile::FROM_ROWS)
-        for (int i = 0; i < 2; ++i)
-          hopper::tma_load(at.w() + i * Tile::W_BYTES / 2, p.w_map, full, input / 2, 0, i, corner.n / PAIR);
+  copy_ahead<Tile>(p.epilogue, p.stages, stages, [&](const Stages<Tile>& at, Corner corner, int stage) {
+    uint64_t* const full = at.full + at.stage;
+    const int input = stage * inputs_of_stage(Tile::ELEMENTS);
+    if constexpr (Tile::CLUSTER == 1) {
+      hopper::tma_load(at.x(), p.x_map, full, input, corner.m);
+    } else {
+      const uint32_t part = rank<Tile>();
+      hopper::tma_load_to(Tile::ALL_BLOCKS, at.x() + part * Tile::X_PART_BYTES, p.x_map, full, input,
+                          corner.m + part * Tile::X_PART_TOKENS);
     }
-  }
-  // The other blocks still arrive here, which they could not if this one were gone.
-  if constexpr (Tile::CLUSTER > 1)
-    for (int i = 0; i < Tile::STAGES; ++i, at.next()) hopper::mbarrier_wait(at.empty + at.stage, at.parity ^ 1);
+    if constexpr (Tile::FROM_ROWS)
+      for (int i = 0; i < 2; ++i)
+        hopper::tma_load(at.w() + i * Tile::W_BYTES / 2, p.w_map, full, input / 2, 0, i, corner.n / PAIR);
+  });
 }
 
 // A stage of this warp's weights, a pair of tiles, in registers: metadata alone when values come from shared memory.
@@ -194,7 +157,6 @@ __device__ __forceinline__ void multiply_tile(Sum<Tile::ELEMENTS> (&sums)[2][Til
                                               WeightPointers<Tile>& weights, const WeightPointers<Tile>& after,
                                               Weights<Tile>& next, Stages<Tile>& at) {
   constexpr int WORDS = Weights<Tile>::WORDS, SECOND = WORDS == 1 ? 1 : 0;  // selector: the other half of the same words
-  const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int stage = 0; stage < p.stages; ++stage, at.next()) {
     Weights<Tile> now = next;
@@ -221,39 +183,10 @@ __device__ __forceinline__ void multiply_tile(Sum<Tile::ELEMENTS> (&sums)[2][Til
     hopper::wgmma_commit();
     hopper::wgmma_wait<0>();
     now.pin();
-    __syncwarp();
-    if constexpr (Tile::CLUSTER == 1)
-      hopper::mbarrier_arrive_if(at.empty + at.stage, lane == 0);
-    else
-      hopper::mbarrier_arrive_if(at.empty + at.stage, lane, lane < Tile::CLUSTER);  // lane i at block i
+    give_back<Tile>(at.empty + at.stage);
   }
   hopper::pin(sums[0]);
   hopper::pin(sums[1]);
-}
-
-// The sums of AT_ONCE tiles of 8 tokens as the epilogue takes them, those of turn `turn`, which is one of FIRST .. + COUNT - 1.
-// Registers have no index: every turn has its own moves, found by halving. They are volatile lest the compiler make them
-// all, and selections.
-template <class Tile, int FIRST = 0, int COUNT = Tile::TURNS>
-__device__ __forceinline__ void take(const Sum<Tile::ELEMENTS> (&sums)[2][Tile::TOKENS / 2], int turn,
-                                     Sum<Tile::ELEMENTS> (&to)[2 * Tile::AT_ONCE][4]) {
-  if constexpr (COUNT > 1) {
-    if (turn < FIRST + COUNT / 2)
-      take<Tile, FIRST, COUNT / 2>(sums, turn, to);
-    else
-      take<Tile, FIRST + COUNT / 2, COUNT - COUNT / 2>(sums, turn, to);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 2 * Tile::AT_ONCE; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (FIRST * Tile::AT_ONCE + j / 2) + 2 * (i % 2) + j % 2;
-        if constexpr (Tile::ELEMENTS == INT8)
-          asm volatile("mov.b32 %0, %1;" : "=r"(to[j][i]) : "r"(sums[i / 2][at]));
-        else
-          asm volatile("mov.b32 %0, %1;" : "=f"(to[j][i]) : "f"(sums[i / 2][at]));
-      }
-  }
 }
 
 template <class Tile>
@@ -289,30 +222,8 @@ __device__ __forceinline__ void consume(const SparseParams& p, Stages<Tile> at) 
 
 template <class Tile>
 __device__ __forceinline__ void sparse24_linear(const SparseParams& p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the other architectures hold the name alone, which none of their plans has
-  extern __shared__ __align__(1024) uint8_t shared[];
-  const Stages<Tile> stages(shared);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::STAGES; ++i) {
-      hopper::mbarrier_init(stages.full + i, 1);
-      hopper::mbarrier_init(stages.empty + i, 4 * Tile::CONSUMERS * Tile::CLUSTER);
-    }
-    hopper::fence_mbarrier_init();
-  }
-  if constexpr (Tile::CLUSTER == 1)
-    __syncthreads();
-  else
-    hopper::cluster_sync();
-  hopper::allow_launch_after();
-  hopper::await_launches_before();  // nothing above reads or writes global memory
-  if (threadIdx.x < 128 * Tile::CONSUMERS) {
-    hopper::take_registers<Tile::CONSUMER_REGISTERS>();
-    consume<Tile>(p, stages);  // of every copy, so none is under way when the block ends
-  } else {
-    hopper::give_registers<Tile::PRODUCER_REGISTERS>();
-    if (threadIdx.x == 128 * Tile::CONSUMERS) produce<Tile>(p, stages);
-  }
-#endif
+  run_block<Tile>([&](const Stages<Tile>& stages) { produce<Tile>(p, stages); },
+                  [&](const Stages<Tile>& stages) { consume<Tile>(p, stages); });
 }
 
 template <class Tile>
@@ -325,19 +236,13 @@ void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, 
   params.meta = reinterpret_cast<const uint8_t*>(problem.meta);
   params.stages = stages_of(problem.K, Tile::ELEMENTS);
   params.groups = groups_of(problem.K, Tile::ELEMENTS);
-  launch.param_bytes = sizeof(params);
-  *reinterpret_cast<SparseParams*>(launch.params) = params;
+  set_params(params, launch);
   launch.dependent = 1;
   launch.grid = persistent_grid(config, e, sm_count);
 
   launch.num_maps = Tile::FROM_ROWS ? 2 : 1;
-  TensorMap& x = launch.maps[0];
-  x.base = reinterpret_cast<uint64_t>(problem.x);
-  x.rank = 2, x.element_bytes = bytes, x.swizzle = 1, x.offset = offsetof(SparseParams, x_map);
-  x.dims[0] = problem.K, x.dims[1] = e.M;
-  const int64_t row_bytes = 16 * ceil_div(static_cast<int64_t>(problem.K) * bytes, 16);
-  x.strides[0] = e.M > 1 ? problem.x_stride : row_bytes;  // a single row's means nothing
-  x.box[0] = inputs_of_stage(Tile::ELEMENTS), x.box[1] = Tile::X_PART_TOKENS;
+  launch.maps[0] = map_of_x(problem.x, problem.x_stride, e.M, problem.K, bytes, Tile::X_PART_TOKENS,
+                            offsetof(SparseParams, x_map));
   if constexpr (Tile::FROM_ROWS) {
     const uint64_t kept_bytes = params.groups * STEPS_PER_GROUP * STEP_BYTES / 2;  // of a row
     TensorMap& w = launch.maps[1];
@@ -375,18 +280,10 @@ KERNELS(DEFINE)
 #undef DEFINE
 
 namespace pyvit_accel {
-namespace {
-
-template <class Tile>
-Sparse24LinearConfig describe(const char* name, const void* function) {
-  return {{name, function, 90, Tile::FEATURES, Tile::TOKENS, Tile::THREADS, Tile::SHARED_BYTES, Tile::BLOCKS_PER_SM, Tile::CLUSTER, 1},
-          Tile::ELEMENTS, 8192, Tile::FROM_ROWS, prepare<Tile>};
-}
-
-}  // namespace
 
 std::span<const Sparse24LinearConfig> sparse24_linear_sm90() {
-#define DESCRIBE(NAME, ELEMENTS, CONSUMERS, TOKENS, FROM_ROWS) describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)),
+#define DESCRIBE(NAME, ELEMENTS, CONSUMERS, TOKENS, FROM_ROWS) \
+  {describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)), ELEMENTS, 8192, FROM_ROWS, prepare<NAME##_tile>},
   static const Sparse24LinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
   return configs;
