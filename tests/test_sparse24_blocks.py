@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from _problems import assert_same_bits, block, codes, mlp, projection, scattered
 from _vits import module_names, pixels, relative_error, vit
 from torch import nn
 
-from pyvit_accel import Unsupported, accelerate, load, ops, recipes, save
+from pyvit_accel import Unsupported, accelerate, backends, load, ops, recipes, save
 from pyvit_accel.formats import packed
 from pyvit_accel.formats.sparse24 import Sparse24Operand
 from pyvit_accel.modules import QuantLinear, Sparse24QuantLinear, Sparse24Training, sparse24_weight, train_sparse24
+from pyvit_accel.ops.sparse24_linear import multiplies_dense
 
 SPARSE24, W8A8 = recipes.SPARSE24, recipes.W8A8
 WEIGHTS = ("qkv_w", "proj_w", "fc1_w", "fc2_w")
@@ -95,6 +97,17 @@ def quant_linear(bias=True, **inputs) -> QuantLinear:
 def sparse_units(monkeypatch):
     """As on a GPU: modules made and moved from here on keep no dense form."""
     monkeypatch.setattr(sparse24_weight, "multiplies_dense", lambda values: False)
+
+
+@pytest.mark.skipif(not backends.HAS_CUDA_LIBRARY, reason="the CUDA library is not built")
+@pytest.mark.parametrize("capability, driver, dense", [(80, True, False), (90, False, True), (75, True, True)])
+def test_gpus_without_sparse_kernels_multiply_dense(monkeypatch, capability, driver, dense):
+    from pyvit_accel.cuda import sparse24_linear as launcher
+
+    monkeypatch.setattr(launcher, "device", lambda index: (capability, 132))
+    monkeypatch.setattr(launcher, "has_driver", lambda: driver)
+    values = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))
+    assert multiplies_dense(values) is dense and multiplies_dense(torch.empty(0))
 
 
 INPUTS = [{}, {"bias": False}, {"x_minimum": -0.2, "x_bits": 4, "x_table": True}, {"x_scale": 1}, {"x_scale": 36}]

@@ -145,10 +145,15 @@ def sparse24_linear(
     return y
 
 
+def takes(index: int) -> bool:
+    """Whether calls on this GPU are theirs: from sm_80 on, by a driver they can use."""
+    return device(index)[0] >= 80 and has_driver()
+
+
 def before(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The launcher for every GPU: these kernels from sm_80 on, by a driver they can use, else the other launcher."""
+    """The launcher for every GPU: these kernels where `takes` says so, else the other launcher."""
 
     def launch(x: Tensor, *args) -> Tensor:
-        return (sparse24_linear if device(x.device.index)[0] >= 80 and has_driver() else otherwise)(x, *args)
+        return (sparse24_linear if takes(x.device.index) else otherwise)(x, *args)
 
     return launch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyvit_accel import backends
 from pyvit_accel.formats import packed, sparse24
 from pyvit_accel.reference.lowbit_linear import finish
 
@@ -22,8 +23,11 @@ def dense_form(values: Tensor, meta: Tensor, out_features: int, in_features: int
 
 def multiplies_dense(values: Tensor) -> bool:
     """Whether the device of these values reads w_dense: CPUs do, and GPUs that no sparse kernel here is for."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("pyvit_accel::sparse24_linear", "CUDA")
-    return not (values.is_cuda and has_kernel and torch.cuda.get_device_capability(values.device) >= (8, 0))
+    if not (values.is_cuda and backends.HAS_CUDA_LIBRARY):
+        return True
+    from pyvit_accel.cuda.sparse24_linear import takes
+
+    return not takes(values.device.index)
 
 
 def on_dense(
