@@ -13,6 +13,7 @@ from pyvit_accel import sparsity
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.formats import sparse24
 from pyvit_accel.models.vit import VisionTransformer, ViTConfig
+from pyvit_accel.modules import Sparse24Training
 from pyvit_accel.sparsity import Moments, prune
 from pyvit_accel.sparsity.stream import Stream
 
@@ -86,6 +87,10 @@ def test_which_inputs_can_move(vit):
     mlp.fc1 = nn.Linear(32, 256)  # of a gated MLP
     with pytest.raises(Unsupported, match=r"blocks.0.mlp.fc2: its inputs do not follow .* fc1, through SiLU"):
         sparsity.pair_of(vit, "blocks.0.mlp.fc2")
+    vit.blocks[1].mlp.fc1 = Sparse24Training.from_linear(vit.blocks[1].mlp.fc1)
+    with pytest.raises(Unsupported, match=r"blocks.1.mlp.fc2: fc1 is a Sparse24Training, of which more would have to"):
+        sparsity.pair_of(vit, "blocks.1.mlp.fc2")
+    vit.blocks[1].mlp.fc1 = nn.Linear(32, 128)
     vit.blocks[1].mlp.fc1.weight = vit.blocks[2].mlp.fc1.weight
     with pytest.raises(Unsupported, match=r"blocks.1.mlp.fc2: fc1 or fc2 share weights with blocks.2.mlp"):
         sparsity.pair_of(vit, "blocks.1.mlp.fc2")
@@ -309,6 +314,9 @@ def test_refused(vit, images):
     pairs.head = nn.utils.parametrizations.weight_norm(pairs.head)
     with pytest.raises(Unsupported, match="head: its weight is computed from others"):
         prune(pairs, "head", method="magnitude")
+    with pytest.raises(Unsupported, match=r"blocks.1: a Sparse24Training has its own mask; accelerate"):
+        pairs.blocks[1] = Sparse24Training.from_linear(pairs.blocks[1])
+        prune(pairs, "blocks.*", method="magnitude")
     with pytest.raises(Unsupported, match=r"blocks.0: its weight is on the meta device"):
         prune(Pairs().to("meta"), "blocks.*", method="magnitude")
     vit.blocks[1].mlp.fc1.weight[5, 9] = torch.nan

@@ -46,7 +46,8 @@ def wanda(w: Tensor, norm: Tensor) -> Tensor:
 
 def transposable(score: Tensor) -> Tensor:
     """The mask, two of four along both inputs and rows, that keeps the most score: of 4 x 4 tiles the best of the 90
-    patterns with two in every row and column, the first of equals. Raises ValueError for scores that are not finite."""
+    patterns with two in every row and column, the first of equals; the last rows and inputs as if zeros followed.
+    Raises ValueError for scores that are not finite."""
     _check("transposable", score)
     if not bool(score.isfinite().all()):
         row, k = (~score.isfinite()).nonzero()[0].tolist()

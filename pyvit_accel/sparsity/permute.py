@@ -200,7 +200,12 @@ def pair_of(model: nn.Module, name: str) -> Pair:
 
 
 def _check_own(model: nn.Module, name: str, module: nn.Module, layers: tuple[str, str]) -> None:
-    """Raise Unsupported where parameters of these layers of the module are read elsewhere too."""
+    """Raise Unsupported where these layers of the module hold more than weight and bias, or share them."""
+    for layer in layers:
+        linear = module.get_submodule(layer)
+        held = {key for key, _ in (*linear.named_parameters(), *linear.named_buffers())}
+        if not held <= {"weight", "bias"}:
+            raise Unsupported(f"{name}: {layer} is a {type(linear).__name__}, of which more would have to be moved")
     own = {id(parameter) for layer in layers for parameter in module.get_submodule(layer).parameters()}
     for other_name, other in model.named_modules():
         if other is not module and any(id(p) in own for child in other.children() for p in child._parameters.values()):

@@ -31,8 +31,8 @@ class Pruned:
     """What became of one layer.
 
     kept_energy   share of the sum of squares of its weights that the mask keeps
-    output_error  norm of the error of its output over the norm of its output, bias apart, on the calibration inputs;
-                  None without batches
+    output_error  norm of the error of its output over the norm of its output, bias apart, on the calibration inputs,
+                  tokens weighed as they were for it; None without batches
     permuted      by what factor a permutation of its inputs enlarged the score kept; None: not permuted
     reason        why not, where it was asked for
     """
@@ -71,8 +71,8 @@ def prune(
     progress      progress(groups, label) iterates the groups
 
     Raises ValueError for a method or name that is not known and for weights that are not finite, naming the layer;
-    Unsupported, naming it too, for a layer that no batch reached, for a weight that is computed from others
-    (torch.nn.utils.parametrize) and for one without values (on meta).
+    Unsupported, naming it too, for a layer that no batch reached or that has its mask (Sparse24Training), for a weight
+    that is computed from others (torch.nn.utils.parametrize) and for one without values (on meta).
     """
     if method not in METHODS:
         raise ValueError(f"prune: method={method!r}; use one of {', '.join(METHODS)}")
@@ -148,6 +148,8 @@ def _check_weight(layer: nn.Linear, name: str) -> None:
     w = layer.weight
     if "weight" not in layer._parameters:
         raise Unsupported(f"{name}: its weight is computed from others and cannot be written to; remove that first")
+    if "mask" in layer._buffers:
+        raise Unsupported(f"{name}: a {type(layer).__name__} has its own mask; accelerate(model, SPARSE24) packs it")
     if w.is_meta:
         raise Unsupported(f"{name}: its weight is on the meta device and has no values; load the checkpoint first")
     if not bool((finite := w.isfinite()).all()):
