@@ -319,6 +319,13 @@ def test_refused(vit, images):
         prune(pairs, "blocks.*", method="magnitude")
     with pytest.raises(Unsupported, match=r"blocks.0: its weight is on the meta device"):
         prune(Pairs().to("meta"), "blocks.*", method="magnitude")
+    for name in ("blocks.1.norm2", "blocks.2.norm1"):  # before and behind the layer that is asked for
+        spoilt = deepcopy(vit)
+        spoilt.get_submodule(name).weight[3] = torch.nan
+        with pytest.raises(ValueError, match=r"the output of blocks.[12] is not finite; clean the calibration"):
+            prune(spoilt, ["blocks.*.attn.proj"], [images])
+        with pytest.raises(ValueError, match=r"the input of blocks.2.attn.proj is not finite; .* weights before it"):
+            prune(spoilt, ["blocks.*.attn.proj"], [images], sequential=False)
     vit.blocks[1].mlp.fc1.weight[5, 9] = torch.nan
     before = deepcopy(vit.blocks[0])
     for method in sparsity.METHODS:

@@ -72,7 +72,7 @@ class Sums:
         if not self.count:
             raise Unsupported(f"no calibration batch reached {name}; it has no statistics")
         if not bool(self.products.isfinite().all()):
-            raise ValueError(f"the input of {name} holds NaN or an infinity; clean the calibration data")
+            raise ValueError(f"the input of {name} is not finite; clean the calibration data, or weights before it")
         mean = self.total / self.weight
         centred = self.products.double() / self.weight - torch.outer(mean, mean)
         mean = mean + self.shift

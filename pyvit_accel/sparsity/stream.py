@@ -86,6 +86,8 @@ class Stream:
             module = self.model.get_submodule(block) if self.chain else self.model
             for args, kwargs in self.inputs if self.chain else calls(self.model, self.batches):
                 y = _first(module(*args, **kwargs))
+                if self.chain and not bool(y.isfinite().all()):
+                    raise ValueError(f"the output of {block} is not finite; clean the calibration data, or its weights")
                 for name, x in seen:
                     sums[name].add(x, None if name == block else self._importance(self.model.get_submodule(name), x, y))
                 seen.clear()
