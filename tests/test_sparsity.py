@@ -141,6 +141,11 @@ def test_refit_is_the_least_squares_of_what_is_kept():
         kept = mask[n].numpy()
         truth = np.linalg.lstsq(x.numpy()[:, kept], (x @ w[n]).numpy(), rcond=None)[0]
         assert np.abs(found[n].numpy()[kept] - truth).max() < 1e-4
+    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(24)
+    found = sparsity.refit(w, mask, gram)
+    for n in range(6):
+        kept = mask[n]
+        assert torch.allclose(damped[kept] @ (found[n] - w[n]).double(), torch.zeros(12).double(), atol=1e-5)
     errors, moments = [], Moments.of(x)
     for steps in (0, 1, 2, 4, 8, 16, 300):
         start = sparsity.sparsegpt(w, gram)
