@@ -18,18 +18,14 @@
 // a thread leave room for the rest in the 255 registers that two blocks allow.
 #include <cuda_runtime.h>
 
-#include "ampere.cuh"
+#include "ampere_linear.cuh"
 #include "epilogue.cuh"
-#include "linear_plan.h"
 #include "lowbit_linear.h"
 
 namespace pyvit_accel {
 namespace {
 
-constexpr int THREADS = 128;
-constexpr int INPUTS = 64;   // of a stage
-constexpr int GROUP_M = 8;   // token tiles that in turn share a column of weight tiles in L2
-constexpr int AT_ONCE = 4;   // 8-token tiles of an epilogue: its code for all 16 would not fit the caches
+constexpr int INPUTS = 64;  // of a stage
 
 template <int W_BITS, int FEATURES, int TOKENS>
 struct StageLayout {
@@ -87,49 +83,34 @@ __device__ __forceinline__ void lowbit_linear(const LowbitLinear& p) {
   static_assert(PAIRS >= 1 && BLOCKS % 2 == 0, "a warp takes 32 features and 16 tokens at a time");
 
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t stages = shared_address(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_n = warp / 2 * (FEATURES / 2), warp_m = warp % 2 * (TOKENS / 2);
-  const TileIndex tile =
-      tile_index(blockIdx.x, GROUP_M, (p.epilogue.M + TOKENS - 1) / TOKENS, (p.epilogue.N + FEATURES - 1) / FEATURES);
-  const int first_m = tile.m * TOKENS, first_n = tile.n * FEATURES;
-  const Copier<Stage> copier(p, first_m, first_n / TILE);
-  const int steps = (p.K + INPUTS - 1) / INPUTS;
+  const int lane = threadIdx.x % 32;
+  const Place<FEATURES, TOKENS> at(p.epilogue);
+  const Copier<Stage> copier(p, at.first_m, at.first_n / TILE);
 
   int32_t sums[PAIRS * BLOCKS][2][4] = {};  // of a pair of packed tiles x 8 tokens: those of two tiles of A
 
-  for (int step = 0; step < STAGES - 1; ++step) {
-    if (step < steps) copier.copy(step, stages + step * Stage::BYTES);
-    commit_copies();
-  }
-  int stage = 0, next_stage = STAGES - 1;
-  for (int step = 0; step < steps; ++step) {
-    await_copies<STAGES - 2>();
-    __syncthreads();  // this stage is here, and nobody reads the one that is copied to now
-    const int next = step + STAGES - 1;
-    if (next < steps) copier.copy(next, stages + next_stage * Stage::BYTES);
-    commit_copies();  // empty ones too: groups are counted
-    const uint32_t x = stages + stage * Stage::BYTES, w = x + Stage::X_BYTES;
+  pipeline<STAGES, Stage::BYTES>(shared_address(shared), (p.K + INPUTS - 1) / INPUTS, copier, [&](uint32_t x) {
+    const uint32_t w = x + Stage::X_BYTES;
 #pragma unroll
     for (int chunk = 0; chunk < INPUTS / CHUNK; ++chunk) {
       uint32_t a[PAIRS][2][4];
 #pragma unroll
       for (int pair = 0; pair < PAIRS; ++pair) {
-        const uint32_t at = (warp_n / TILE + 2 * pair) * Stage::TILE_BYTES + chunk * chunk_bytes(W_BITS) +
-                            weight_offset(lane, Stage::TILE_BYTES);
+        const uint32_t unit = (at.warp_n / TILE + 2 * pair) * Stage::TILE_BYTES + chunk * chunk_bytes(W_BITS) +
+                              weight_offset(lane, Stage::TILE_BYTES);
         uint32_t low[4];
-        load_words(w + swizzle128(at), low);
+        load_words(w + swizzle128(unit), low);
         if constexpr (W_BITS == 4) {
           unpack4(low, a[pair]);
         } else {
           uint32_t high[4];
-          load_words(w + swizzle128(at + 256), high);
+          load_words(w + swizzle128(unit + 256), high);
           unpack8(low, high, a[pair]);
         }
       }
 #pragma unroll
       for (int block = 0; block < BLOCKS; block += 2) {
-        const int token = warp_m + 8 * block + lane / 16 * 8 + lane % 8;
+        const int token = at.warp_m + 8 * block + lane / 16 * 8 + lane % 8;
         uint32_t b[4];  // inputs 0..15 and 16..31 of 8 tokens, then of 8 more
         load_matrices(x + swizzle128(token * INPUTS + chunk * CHUNK + lane / 8 % 2 * UNIT), b);
 #pragma unroll
@@ -141,34 +122,17 @@ __device__ __forceinline__ void lowbit_linear(const LowbitLinear& p) {
           }
       }
     }
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
-  }
+  });
 
-  constexpr int COUNT = BLOCKS < AT_ONCE ? BLOCKS : AT_ONCE;
-#pragma unroll 1
-  for (int done = 0; done < PAIRS * BLOCKS; done += COUNT) {
-    const int n = first_n + warp_n + done / BLOCKS * PAIR + lane_feature(lane);
-    const int m = first_m + warp_m + done % BLOCKS * 8 + lane_token(lane);
+  in_turns<PAIRS, BLOCKS>(sums, [&](int n, int m, auto& of) {
+    n += at.first_n + at.warp_n + lane_feature(lane), m += at.first_m + at.warp_m + lane_token(lane);
     const Features features = load_features(p.epilogue, n);
-    int32_t of[2 * COUNT][4];  // of[token][feature]
 #pragma unroll
-    for (int j = 0; j < 2 * COUNT; ++j)
+    for (auto& token : of)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) of[j][i] = sums[j / 2][i / 2][2 * (i % 2) + j % 2] >> (8 - W_BITS);
+      for (int i = 0; i < 4; ++i) token[i] >>= 8 - W_BITS;
     finish(p.epilogue, features, m, n, of);
-#pragma unroll
-    for (int block = 0; block + COUNT < PAIRS * BLOCKS; ++block)  // registers have no index: the next ones move here
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[block][i][j] = sums[block + COUNT][i][j];
-  }
-}
-
-void prepare(const LowbitLinear& problem, const LowbitLinearConfig& config, int, Launch& launch) {
-  launch.grid = static_cast<uint32_t>(tiles(config, problem.epilogue));
-  set_params(problem, launch);
+  });
 }
 
 }  // namespace

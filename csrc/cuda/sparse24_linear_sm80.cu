@@ -22,17 +22,12 @@
 // is measured.
 #include <cuda_runtime.h>
 
-#include "ampere.cuh"
+#include "ampere_linear.cuh"
 #include "epilogue.cuh"
-#include "linear_plan.h"
 #include "sparse24.cuh"
 
 namespace pyvit_accel {
 namespace {
-
-constexpr int THREADS = 128;
-constexpr int GROUP_M = 8;   // token tiles that in turn share a column of weight tiles in L2
-constexpr int AT_ONCE = 4;   // 8-token tiles of an epilogue: its code for all 16 would not fit the caches
 
 template <int ELEMENTS, int FEATURES, int TOKENS>
 struct StageLayout {
@@ -108,33 +103,17 @@ __device__ __forceinline__ void sparse24_linear(const Sparse24Linear& p) {
   static_assert(PAIRS >= 1 && BLOCKS >= 1 && 128 % FEATURES == 0, "packed weights have features up to a multiple of 128");
 
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t stages = shared_address(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_n = warp / 2 * (FEATURES / 2), warp_m = warp % 2 * (TOKENS / 2);
-  const TileIndex tile =
-      tile_index(blockIdx.x, GROUP_M, (p.epilogue.M + TOKENS - 1) / TOKENS, (p.epilogue.N + FEATURES - 1) / FEATURES);
-  const int first_m = tile.m * TOKENS, first_n = tile.n * FEATURES;
-  const Copier<ELEMENTS, FEATURES, TOKENS> copier(p, first_m, first_n);
-  const int steps = stages_of(p.K, ELEMENTS);
+  const int lane = threadIdx.x % 32;
+  const Place<FEATURES, TOKENS> at(p.epilogue);
+  const Copier<ELEMENTS, FEATURES, TOKENS> copier(p, at.first_m, at.first_n);
   // Of this lane, in a stage.
-  const uint32_t x_at = warp_m * STAGE_INPUT_BYTES + swizzle128(lane % 8 * STAGE_INPUT_BYTES + lane / 8 * UNIT);
-  const uint32_t w_at = Stage::X_BYTES + warp_n / TILE * STEPS * TILE_BYTES + lane * UNIT;
-  const uint32_t meta_at = Stage::X_BYTES + Stage::W_BYTES + warp_n / PAIR * WORDS * Stage::META_ROW + lane * 8;
+  const uint32_t x_at = at.warp_m * STAGE_INPUT_BYTES + swizzle128(lane % 8 * STAGE_INPUT_BYTES + lane / 8 * UNIT);
+  const uint32_t w_at = Stage::X_BYTES + at.warp_n / TILE * STEPS * TILE_BYTES + lane * UNIT;
+  const uint32_t meta_at = Stage::X_BYTES + Stage::W_BYTES + at.warp_n / PAIR * WORDS * Stage::META_ROW + lane * 8;
 
   Sum<ELEMENTS> sums[PAIRS * BLOCKS][2][4] = {};  // of a pair of tiles x 8 tokens
 
-  for (int step = 0; step < STAGES - 1; ++step) {
-    if (step < steps) copier.copy(step, stages + step * Stage::BYTES);
-    commit_copies();
-  }
-  int stage = 0, next_stage = STAGES - 1;
-  for (int step = 0; step < steps; ++step) {
-    await_copies<STAGES - 2>();
-    __syncthreads();  // this stage is here, and nobody reads the one that is copied to now
-    const int next = step + STAGES - 1;
-    if (next < steps) copier.copy(next, stages + next_stage * Stage::BYTES);
-    commit_copies();  // empty ones too: groups are counted
-    const uint32_t from = stages + stage * Stage::BYTES;
+  pipeline<STAGES, Stage::BYTES>(shared_address(shared), stages_of(p.K, ELEMENTS), copier, [&](uint32_t from) {
     uint32_t e[PAIRS * WORDS][STEPS];
 #pragma unroll
     for (int i = 0; i < PAIRS * WORDS; ++i) load_words(from + meta_at + i * Stage::META_ROW, e[i]);
@@ -155,40 +134,19 @@ __device__ __forceinline__ void sparse24_linear(const Sparse24Linear& p) {
         }
       }
     }
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
-  }
+  });
 
-  constexpr int COUNT = BLOCKS < AT_ONCE ? BLOCKS : AT_ONCE;
-#pragma unroll 1
-  for (int done = 0; done < PAIRS * BLOCKS; done += COUNT) {
-    const int n = first_n + warp_n + done / BLOCKS * PAIR + exchanged_feature(lane);
-    const int m = first_m + warp_m + done % BLOCKS * 8 + lane_token(lane);
+  in_turns<PAIRS, BLOCKS>(sums, [&](int n, int m, auto& of) {
+    n += at.first_n + at.warp_n + exchanged_feature(lane), m += at.first_m + at.warp_m + lane_token(lane);
     const Features features = load_features<ELEMENTS == INT8>(p.epilogue, n);
-    Sum<ELEMENTS> of[2 * COUNT][4];  // of[token][feature]
 #pragma unroll
-    for (int j = 0; j < 2 * COUNT; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) of[j][i] = sums[j / 2][i / 2][2 * (i % 2) + j % 2];
-      exchange(of[j]);
-    }
+    for (auto& token : of) exchange(token);
     if constexpr (ELEMENTS == INT8)
       finish(p.epilogue, features, m, n, of);
     else if (n < p.epilogue.N)
       complete<Output<ELEMENTS>>(p.epilogue, features, m, n, of);
     __syncwarp();  // lanes beyond N were elsewhere
-#pragma unroll
-    for (int block = 0; block + COUNT < PAIRS * BLOCKS; ++block)  // registers have no index: the next ones move here
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[block][i][j] = sums[block + COUNT][i][j];
-  }
-}
-
-void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, int, Launch& launch) {
-  launch.grid = static_cast<uint32_t>(tiles(config, problem.epilogue));
-  set_params(problem, launch);
+  });
 }
 
 }  // namespace
