@@ -292,6 +292,41 @@ def test_models_without_a_chain_of_blocks():
     assert torch.allclose(model.blocks[1].weight, sparsity.sparsegpt(w, seen.centred), atol=1e-5)
 
 
+def test_each_method_is_what_it_says():
+    """Of a layer by itself, with inputs of different sizes: the functions for one weight."""
+    x = torch.randn(400, 8) @ (torch.eye(8) + torch.randn(8, 8) / 2) * torch.rand(8).square() + 1
+    seen, dense = Moments.of(x), nn.Sequential(nn.Linear(8, 12)).eval().requires_grad_(False)
+    w = dense[0].weight
+    found = sparsity.sparsegpt(w, seen.centred)
+    expected = {
+        "magnitude": w * sparsity.magnitude(w),
+        "wanda": w * sparsity.wanda(w, seen.norm),
+        "sparsegpt": sparsity.refit(w, found != 0, seen.centred, found),
+    }
+    assert not torch.equal(expected["magnitude"], expected["wanda"])
+    assert not torch.allclose(found, expected["sparsegpt"])
+    for method, new in expected.items():
+        model = deepcopy(dense)
+        (one,) = prune(model, "0", [x], method)
+        assert torch.allclose(model[0].weight, new, atol=1e-6)
+        assert torch.allclose((model(x) - dense(x)).mean(0), torch.zeros(12), atol=1e-5)
+        exact = ((x @ (new - w).T).std(0, correction=0).norm() * 400**0.5 / (x @ w.T).norm()).item()
+        assert one.output_error == pytest.approx(exact, rel=1e-3)
+        assert one.kept_energy == pytest.approx(sparsity.kept_energy(w, new != 0))
+
+
+def test_permutations_weigh_by_the_inputs(vit, images):
+    """A layer's order is of its Wanda scores, where there are inputs; of its weights alone for magnitude."""
+    for name, method in (("blocks.0.mlp.fc2", "wanda"), ("blocks.0.mlp.fc2", "magnitude")):
+        model, pair = deepcopy(vit), sparsity.pair_of(vit, name)
+        seen = sparsity.observe(vit, [images], [name])[name]
+        w = vit.get_submodule(name).weight.float()
+        score = w.square() * (seen.gram.diagonal() if method == "wanda" else 1)
+        (one,) = prune(model, name, [images], method, permute=True, weigh_tokens=False)
+        found = pair.search(score)
+        assert one.permuted == pytest.approx(found.after / found.before, rel=1e-4)
+
+
 def test_refused(vit, images):
     with pytest.raises(ValueError, match=r"method='best'; use one of magnitude, wanda, sparsegpt"):
         prune(vit, LAYERS, [images], "best")
