@@ -235,13 +235,13 @@ def test_nothing_to_tell_apart(vit, images, method):
 class Told(nn.Module):
     """Blocks that are told something more."""
 
-    def __init__(self, told):
+    def __init__(self, told, named):
         super().__init__()
-        self.told, self.blocks = told, nn.ModuleList(Add() for _ in range(2))
+        self.told, self.named, self.blocks = told, named, nn.ModuleList(Add() for _ in range(2))
 
     def forward(self, x):
         for block, told in zip(self.blocks, self.told, strict=True):
-            x = block(x, told=told)
+            x = block(x, told=told) if self.named else block(x, told)
         return x
 
 
@@ -257,9 +257,10 @@ class Add(nn.Module):
 TOLD = {"alike": (1.5, 1.5), "numbers": (1.0, 9.0), "tensors": (torch.ones(8), 9 * torch.ones(8))}
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("told", TOLD.values(), ids=TOLD)
-def test_what_each_block_is_told(told):
-    model, x = Told(told).eval(), torch.randn(64, 8)
+def test_what_each_block_is_told(told, named):
+    model, x = Told(told, named).eval(), torch.randn(64, 8)
     names = ["blocks.0.fc", "blocks.1.fc"]
     stream = Stream(model, [x], names, True, True)
     assert stream.chain == (told[0] is told[1])
