@@ -269,6 +269,27 @@ def test_what_each_block_is_told(told, named):
     assert torch.allclose(found.mean, sparsity.observe(model, x, names)[names[1]].mean, atol=1e-5)
 
 
+class Twice(nn.Module):
+    """The same blocks, two times over."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        for block in (*self.blocks, *self.blocks):
+            x = block(x)
+        return x
+
+
+def test_blocks_that_run_twice():
+    model, batches, names = Twice().eval(), torch.randn(3, 20, 8).unbind(), ["blocks.0", "blocks.1"]
+    stream = Stream(model, batches, names, True, True)
+    found, expected = stream.moments(names[0], names[:1])[names[0]], sparsity.observe(model, batches, names)[names[0]]
+    assert not stream.chain and found.count == expected.count == 120
+    assert torch.allclose(found.gram, expected.gram, atol=1e-6)
+
+
 class Pairs(nn.Module):
     """Two blocks that are no chain: something is added in between, and one takes its input by name."""
 
