@@ -130,6 +130,21 @@ def test_bulk_copy_out():
             execute(body.replace(old, new), threads=64, module=TILE)
 
 
+def test_prefetches_of_what_is_there():
+    """Of a dependent launch even before it awaits the one before: nothing is read."""
+    body = "mul.wide.u32 %d5, %r1, 16; add.s64 %d5, %d5, %d0; cp.async.bulk.prefetch.L2.global [%d5], 32;"
+    body += "griddepcontrol.wait; mov.u32 %r10, %r1;" + STORE
+    given = np.zeros(33 * 16, np.uint8)
+    assert np.array_equal(execute(body, given=given, dependent=True), lanes())
+    for old, new, said in (
+        ("32;", "48;", "out-of-bounds prefetch of 48 bytes at byte 496 of in, which has 528"),
+        ("32;", "8;", "a prefetch of 8 bytes at .*: multiples of 16"),
+        ("[%d5]", "[%d5+8]", "a prefetch of 32 bytes at .*: multiples of 16"),
+    ):
+        with pytest.raises(Fault, match=said):
+            execute(body.replace(old, new), given=given)
+
+
 @pytest.mark.parametrize("kind", ["parity", "state", "test_wait"])
 def test_producer_and_consumer_by_mbarriers(kind):
     """One pair of mbarriers, five rounds; parities, or the state that an arrival returned, or a loop that polls."""

@@ -28,8 +28,8 @@ def bulk(ins, program):
     mods = ins.mods[2:]
     if mods in (("commit_group",), ("wait_group",), ("wait_group", "read")):
         return _groups(ins)
-    if mods[:1] == ("prefetch",):
-        return lambda g: None
+    if mods == ("prefetch", "L2", "global"):
+        return _prefetch(ins, program)
     known = {"tensor", "1d", "2d", "3d", "4d", "5d", "shared::cluster", "shared::cta", "global", "tile", "bulk_group",
              "mbarrier::complete_tx::bytes", "multicast::cluster", "L2::cache_hint"}  # fmt: skip
     if set(mods) - known:
@@ -142,6 +142,25 @@ def _into_shared(ins, program, tensor: bool, source_space: str):
                 clock = clocks.tick(agent)
                 clocks.copied[agent] = clock, one, ins
                 complete(g, address, len(data), clocks.only(agent, clock), lane)
+
+    return step
+
+
+def _prefetch(ins, program):
+    """To L2: it delivers nothing and orders nothing, but what it names has to be there."""
+    source, size = program.address(ins.operands[0], ins), program.reader(ins.operands[1], "u32", ins)
+
+    def step(g):
+        n = len(g.threads)
+        starts, sizes = (np.broadcast_to(np.asarray(of(g)), (n,)) for of in (source, size))
+        for lane in range(n):
+            nbytes = int(sizes[lane])
+            if nbytes % 16 or not nbytes or int(starts[lane]) % 16:
+                raise BadAccess(lane, f"a prefetch of {nbytes} bytes at 0x{int(starts[lane]):x}: multiples of 16")
+            try:
+                g.cta.machine.memory.find(starts[lane : lane + 1].astype(np.uint64), nbytes, "prefetch")
+            except BadAccess as bad:
+                raise BadAccess(lane, bad.reason) from None
 
     return step
 
