@@ -128,6 +128,17 @@ __device__ __forceinline__ void tma_load_to(uint16_t blocks, uint32_t to, const 
       : "memory");
 }
 
+// ---- prefetch: to L2; orders nothing, and nobody waits for it ----
+
+// The line of 128 bytes that has this one.
+__device__ __forceinline__ void prefetch(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(line)));
+}
+// By the copy engine; a multiple of 16, at one of 16.
+__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes));
+}
+
 // ---- clusters: blocks on neighbouring SMs, which reach each other's shared memory and barriers ----
 
 // All threads of the cluster are here, and see what any of them wrote.

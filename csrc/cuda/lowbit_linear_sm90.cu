@@ -114,7 +114,7 @@ __device__ __forceinline__ void prefetch_residual(const Epilogue& e, int m, int 
 #pragma unroll
   for (int i = 0; i < Tile::TOKENS; i += 32) {
     const int64_t token = min(m + i + static_cast<int>(threadIdx.x % 32), e.M - 1);
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(e.residual + token * e.residual_stride + n)));
+    hopper::prefetch(e.residual + token * e.residual_stride + n);
   }
 }
 

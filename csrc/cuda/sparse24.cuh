@@ -36,6 +36,7 @@ constexpr HOST_DEVICE int groups_of(int K, int elements) {
   const int inputs = STEPS_PER_GROUP * STEP_BYTES / element_bytes(elements);
   return (K + inputs - 1) / inputs;
 }
+constexpr HOST_DEVICE int packed_features(int N) { return (N + 127) / 128 * 128; }
 constexpr HOST_DEVICE int stages_of(int K, int elements) {
   return (K + inputs_of_stage(elements) - 1) / inputs_of_stage(elements);
 }

@@ -12,6 +12,7 @@
 //     values, 2 tiles x 2 k-steps   never                                ld.global.v4: A of four m64 wgmmas, a stage ahead
 //     FROM_ROWS: rows of 64 bytes   [2][FEATURES / 2][64], 64-byte       never: operand A is read from shared memory
 //     metadata of 2 k-steps         never                                ld.global.v2, a stage ahead
+//     values, metadata              never: to L2, when x is copied, by the first of the blocks that will load them
 //
 // A consumer loads A of the next stage, or of the next tile, waits for x of this one, and issues four wgmmas; when they are done
 // it gives the stage back.
@@ -83,6 +84,21 @@ struct SparseParams {
   int32_t groups;  // of k-steps, of a packed row
 };
 
+// Brings the weights of a stage of features n .. to L2. Consumers load them one stage ahead, which L2 is near enough for and
+// device memory is not; this is STAGES ahead, but for a block's first tile.
+template <class Tile>
+__device__ __forceinline__ void prefetch_weights(const SparseParams& p, int n, int stage) {
+  const int64_t tile_bytes = static_cast<int64_t>(p.groups) * (STEPS_PER_GROUP * TILE_BYTES), row_bytes = p.groups * GROUP_BYTES;
+  const int tiles = min(Tile::FEATURES, packed_features(p.epilogue.N) - n) / TILE, rows = tiles * WORDS_OF_PAIR<Tile::ELEMENTS> / 2;
+  const uint8_t* values = p.values + n / TILE * tile_bytes + stage * (STEPS * TILE_BYTES);
+#pragma unroll 1
+  for (int i = 0; i < tiles; ++i, values += tile_bytes) hopper::prefetch(values, STEPS * TILE_BYTES);
+  if (stage % 2) return;  // stages 2 i and 2 i + 1 are of one group
+  const uint8_t* meta = p.meta + n / PAIR * WORDS_OF_PAIR<Tile::ELEMENTS> * row_bytes + stage / 2 * GROUP_BYTES;
+#pragma unroll 1
+  for (int i = 0; i < rows; ++i, meta += row_bytes) hopper::prefetch(meta, GROUP_BYTES);
+}
+
 // One thread.
 template <class Tile>
 __device__ __forceinline__ void produce(const SparseParams& p, Stages<Tile> stages) {
@@ -101,6 +117,8 @@ __device__ __forceinline__ void produce(const SparseParams& p, Stages<Tile> stag
     if constexpr (Tile::FROM_ROWS)
       for (int i = 0; i < 2; ++i)
         hopper::tma_load(at.w() + i * Tile::W_BYTES / 2, p.w_map, full, input / 2, 0, i, corner.n / PAIR);
+    else if (corner.m == 0)  // the first of the tiles that take these weights; the others find them in L2
+      prefetch_weights<Tile>(p, corner.n, stage);
   });
 }
 
@@ -128,8 +146,7 @@ struct WeightPointers {
   const uint8_t *values, *meta;
 
   __device__ __forceinline__ WeightPointers(const SparseParams& p, int n) {
-    const int pairs = (p.epilogue.N + 127) / 128 * (128 / PAIR);
-    const int64_t pair = min(n / PAIR, pairs - 1), lane = threadIdx.x % 32;
+    const int64_t pair = min(n / PAIR, packed_features(p.epilogue.N) / PAIR - 1), lane = threadIdx.x % 32;
     values = p.values + pair * 2 * p.groups * STEPS_PER_GROUP * TILE_BYTES + lane * UNIT;
     meta = p.meta + pair * WORDS * p.groups * GROUP_BYTES + lane * 16;
   }
@@ -248,7 +265,7 @@ void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, 
     TensorMap& w = launch.maps[1];
     w.base = reinterpret_cast<uint64_t>(problem.rows);
     w.rank = 4, w.element_bytes = bytes, w.swizzle = 2, w.offset = offsetof(SparseParams, w_map);
-    w.dims[0] = kept_bytes / bytes, w.dims[1] = TILE, w.dims[2] = 2, w.dims[3] = ceil_div(e.N, 128) * (128 / PAIR);
+    w.dims[0] = kept_bytes / bytes, w.dims[1] = TILE, w.dims[2] = 2, w.dims[3] = packed_features(e.N) / PAIR;
     w.strides[0] = kept_bytes, w.strides[1] = TILE * kept_bytes, w.strides[2] = PAIR * kept_bytes;
     w.box[0] = inputs_of_stage(Tile::ELEMENTS) / 2, w.box[1] = TILE, w.box[2] = 1, w.box[3] = Tile::FEATURES / PAIR;
   }
