@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -81,13 +81,20 @@ class Rule:
         return fnmatchcase(name, self.match) and any(f"{c.__module__}.{c.__qualname__}" in self.kinds for c in classes)
 
 
-@dataclass(frozen=True)
+NEEDS_DATA = (
+    "takes its scales from data; pass calibration=[batch, ...], a few dozen images as the model sees them, or use "
+    "W8A8_DYNAMIC, which needs none"
+)
+
+
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """rules, and how to see activations: observe(model, batches) runs the model inside prepare(model).
 
     tokens  what changes blocks as a whole, whatever the rules made of them (token_reduction.py: Reduction): read before
             they are applied, applied after
     code_bits  of weights and activations, of a recipe that makes both integers
+    needs      why calibration, and what to do without, of a recipe that needs it
     reads_weights  observe is called, with None for batches, where there is no calibration too
     sparse24  the recipe that packs 2:4 weights for sparse units and does as this one with the others; None: it cannot
     """
@@ -99,8 +106,12 @@ class Recipe:
     prepare: Callable[[nn.Module], AbstractContextManager] = nullcontext
     tokens: Any = None
     code_bits: tuple[int, int] | None = None
+    needs: str = NEEDS_DATA
     reads_weights: bool = False
     sparse24: Callable[[], Recipe] | None = None
+
+    def __repr__(self) -> str:
+        return f"Recipe({self.name})"
 
     def __add__(self, other: Recipe) -> Recipe:
         """Both: the rules of the first have the first word. Of their observers, that of the one that needs it."""
@@ -112,11 +123,27 @@ class Recipe:
             self.rules + other.rules,
             observers[0] if observers else None,
             self.needs_calibration or other.needs_calibration,
-            self.prepare if self.prepare is not nullcontext else other.prepare,
+            nested(self.prepare, other.prepare),
             self.tokens or other.tokens,
             self.code_bits or other.code_bits,
+            self.needs if self.needs_calibration else other.needs,
             sparse24=_sparse24_of(self, other),
         )
+
+
+def nested(outer: Callable, inner: Callable) -> Callable[[nn.Module], AbstractContextManager]:
+    """Recipe.prepare of a sum."""
+    if outer is inner or inner is nullcontext:
+        return outer
+    if outer is nullcontext:
+        return inner
+
+    @contextmanager
+    def both(model: nn.Module) -> Iterator[nn.Module]:
+        with outer(model), inner(model):
+            yield model
+
+    return both
 
 
 def _sparse24_of(first: Recipe, second: Recipe) -> Callable[[], Recipe] | None:
@@ -196,10 +223,7 @@ def accelerate(
     if training:
         raise ValueError(f"accelerate: {training[0]} is in training mode; call model.eval() first")
     if recipe.needs_calibration and calibration is None:
-        raise ValueError(
-            f"accelerate: recipe {recipe.name} takes its scales from data; pass calibration=[batch, ...], a few dozen "
-            "images as the model sees them, or use W8A8_DYNAMIC, which needs none"
-        )
+        raise ValueError(f"accelerate: recipe {recipe.name} {recipe.needs}")
     if not inplace:
         model = copy.deepcopy(model, _shared_tensors(model))
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -58,6 +58,12 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 def _check_whole(model: nn.Module) -> None:
     """Raise ValueError for what the header of this model does not say: load would leave it out."""
+    learning = next((name for name, m in model.named_modules() if isinstance(m, modules.Sparse24Training)), None)
+    if learning is not None:
+        raise ValueError(
+            f"save: {learning} is a Sparse24Training, which learns and is not saved; accelerate the trained model with "
+            'SPARSE24, alone (SPARSE24(mask="magnitude") reads no data) or in front of the other recipe'
+        )
     inner = next((n for n, m in model.named_modules() if n and "tokens" in getattr(m, "pyvit_accel", {})), None)
     if inner is not None:
         name = type(model).__name__

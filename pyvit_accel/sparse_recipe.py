@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyvit_accel.convert import Layer, Recipe, Replacement, Rule
+from pyvit_accel.convert import Layer, Recipe, Replacement, Rule, nested
 from pyvit_accel.errors import Unsupported
 from pyvit_accel.modules import Sparse24Linear, Sparse24Training
 from pyvit_accel.modules.quant_linear import check_weight
+from pyvit_accel.modules.sparse24_linear import DTYPES
 from pyvit_accel.planning import progress
 from pyvit_accel.sparsity import METHODS, Pruned, gate, pair_of, prune
+from pyvit_accel.sparsity.gate import CLASSIFIERS
 from pyvit_accel.sparsity.moments import calls, hooked
 
 KINDS = frozenset({"torch.nn.modules.linear.Linear", "pyvit_accel.modules.sparse24_training.Sparse24Training"})
-CLASSIFIERS = ("head", "head.*", "heads.*", "head_dist", "classifier", "*.classifier", "cls_classifier", "fc")
 DENSE_CLASSIFIER = "a classifier reads one row per image, too few for 2:4 to pay"
+NOT_NAMED = "layers= does not name it"
+NEEDS_IMAGES = (
+    "chooses weights on calibration images; pass calibration=[batch, ...], 128 of them or more, or use "
+    'SPARSE24(mask="magnitude"), which reads none'
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,10 @@ class Sparse24:
     def __post_init__(self) -> None:
         if self.mask not in METHODS:
             raise ValueError(f"SPARSE24: mask={self.mask!r} is not one of {', '.join(METHODS)}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"SPARSE24: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.target is not None and (type(self.target) is not int or self.target < 50):
+            raise ValueError(f"SPARSE24: target={self.target!r}; use 10 major + minor of the capability, 90 for sm_90")
         if self.rows < 1:
             raise ValueError(f"SPARSE24: rows={self.rows}; a call has at least one, 197 for an image of ViT-B/16")
 
@@ -71,6 +84,7 @@ class Found:
 
     layers: Mapping[nn.Module, tuple[nn.Linear, Pruned]]
     reasons: Mapping[nn.Module, str]
+    note: str
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,8 @@ def _observe(rules: Iterable[Rule], spec: Sparse24, model: nn.Module, batches: A
     """Prune a copy of the model on the batches."""
     copied, done, refused = _pruned(rules, spec, model, _listed(batches))
     layers = {model.get_submodule(one.name): (copied.get_submodule(one.name), one) for one in done}
-    return Found(layers, {model.get_submodule(name): reason for name, reason in refused.items()})
+    reasons = {model.get_submodule(name): reason for name, reason in refused.items()}
+    return Found(layers, reasons, "\n".join(_summary(spec, _device(model), layers)))
 
 
 def _observe_twins(rules: Iterable[Rule], spec: Sparse24, codes: Recipe, model: nn.Module, batches: Any) -> Twins:
@@ -137,34 +152,37 @@ def _observe_twins(rules: Iterable[Rule], spec: Sparse24, codes: Recipe, model: 
     copied, done, refused = _pruned(rules, spec, model, batches or [])
     for name, module in list(copied.named_modules()):
         if isinstance(module, Sparse24Training):
-            copied.set_submodule(name, _dense(module))
+            copied.set_submodule(name, module.to_linear())
     seen = None if codes.observe is None or batches is None else codes.observe(copied, batches)
     twins = dict(copied.named_modules(remove_duplicate=False))
     of = {module: twins[name] for name, module in model.named_modules()}
-    return Twins(of, seen, "\n".join((spec.note(_device(model)), *_summary(done, refused))))
-
-
-def _dense(trained: Sparse24Training) -> nn.Linear:
-    """With the weight it would be packed with."""
-    linear = nn.Linear(trained.in_features, trained.out_features, trained.bias is not None, device="meta")
-    linear.weight, linear.bias = nn.Parameter(trained.sparse_weight(), requires_grad=False), trained.bias
-    return linear
+    layers = {model.get_submodule(one.name): (copied.get_submodule(one.name), one) for one in done}
+    device = _device(model)
+    return Twins(of, seen, "\n".join((spec.note(device), *_summary(spec, device, layers), *_refusals(refused))))
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _summary(done: list[Pruned], refused: Mapping[str, str]) -> Iterable[str]:
-    """Lines of the report: how much the pruned layers lost, and why others stay dense, layers alike in one."""
-    errors = sorted((one.output_error, one.name) for one in done if one.output_error is not None)
+def _summary(
+    spec: Sparse24, device: torch.device, layers: Mapping[nn.Module, tuple[nn.Linear, Pruned]]
+) -> Iterator[str]:
+    """Lines of the report: what the pruned layers lost, and what they are to gain."""
+    errors = sorted((one.output_error, one.name) for _, one in layers.values() if one.output_error is not None)
     if errors:
         median, (worst, name) = errors[len(errors) // 2][0], errors[-1]
-        yield f"2:4: {len(done)} layers pruned, output error {median:.2g} (median), at most {worst:.2g} ({name})"
-    alike: dict[tuple[str, str], int] = {}
-    for name, reason in refused.items():
-        key = (re.sub(r"\d+", "*", name), reason)
-        alike[key] = alike.get(key, 0) + 1
+        yield f"2:4: {len(layers)} layers pruned, output error {median:.2g} (median), at most {worst:.2g} ({name})"
+    capability = spec.capability(device)
+    if capability is not None and layers:
+        shapes = {(linear.out_features, linear.in_features) for linear in layers}
+        gains = [gate.speed_up(spec.rows, *shape, capability, spec.dtype == "int8") for shape in shapes]
+        yield f"2:4: modelled at {min(gains):.2f} to {max(gains):.2f} times the speed of the dense layers"
+
+
+def _refusals(refused: Mapping[str, str]) -> Iterator[str]:
+    """Lines of the report: why layers stay dense, those alike in one."""
+    alike = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason) for name, reason in refused.items())
     for (pattern, reason), count in alike.items():
         yield f"2:4: {pattern} ({count}) dense: {reason}"
 
@@ -196,8 +214,9 @@ def _convert(spec: Sparse24, linear: nn.Linear, found: Found | None) -> Replacem
         error, mask = done.output_error, source.weight != 0
     new = Sparse24Linear.from_linear(source, mask, dtype=spec.dtype)
     layer = Layer("", *new.formats(), new.weight_bytes(), 2 * new.in_features * new.out_features, error)
+    note = "\n".join(filter(None, (spec.note(linear.weight.device), found and found.note)))
     record = {"class": type(new).__name__, "config": new.config(), "adapter": None}
-    return Replacement(new, spec=record, layers=(layer,), note=spec.note(linear.weight.device))
+    return Replacement(new, spec=record, layers=(layer,), note=note)
 
 
 class Paired(Recipe):
@@ -210,14 +229,15 @@ class Paired(Recipe):
         return _both(other, self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sparse24Recipe(Paired):
-    """Called with other arguments, another one; before a recipe of 8-bit codes, 2:4 weights in its modules."""
+    """2:4 weights. SPARSE24(mask="wanda", layers="*.mlp.*", ...) is one with other arguments, those of
+    recipes.sparse24; SPARSE24 + W8A8 has them in the modules of W8A8."""
 
     spec: Sparse24 = field(default_factory=Sparse24)
 
     def __call__(self, mask: str | None = None, **options) -> Sparse24Recipe:
-        """As sparse24, with this recipe's arguments where they are not given."""
+        """As recipes.sparse24 (mask, dtype, layers, rows, target, permute), this recipe's arguments where not given."""
         given = options if mask is None else options | {"mask": mask}
         return sparse24(**({name: getattr(self.spec, name) for name in self.spec.__dataclass_fields__} | given))
 
@@ -226,13 +246,23 @@ class Sparse24Recipe(Paired):
             return self._with_codes(other.sparse24())
         if other.code_bits is None or self.spec.dtype == "int8":
             return super().__add__(other)
-        kind = self.spec.dtype or "{} x {} bits".format(*other.code_bits)
-        if other.code_bits == (8, 8) and self.spec.dtype is None:
+        if other.sparse24 is not None:
+            name = f"{self.name} + {other.name}"
+            raise ValueError(f"{name}: the sum is int8 by int8; leave dtype={self.spec.dtype!r} out")
+        kind = "{} x {} bits".format(*other.code_bits)
+        if other.code_bits == (8, 8):
             kind = "8 bits that a search chose, which fills the zeros"
         raise ValueError(
             f"{self.name} + {other.name}: sparse units multiply 16-bit floats, or int8 by int8, not {kind}; add "
-            "W8A8 or W8A8_DYNAMIC, and leave dtype out"
+            "W8A8 or W8A8_DYNAMIC"
         )
+
+    def __radd__(self, other: Recipe) -> Recipe:
+        if other.code_bits is not None:
+            raise ValueError(
+                f"{other.name} + {self.name}: {other.name} comes first and takes every Linear; put SPARSE24 first"
+            )
+        return super().__radd__(other)
 
     def _with_codes(self, codes: Recipe) -> Recipe:
         """The recipe of codes, on a pruned copy of the model."""
@@ -250,9 +280,10 @@ class Sparse24Recipe(Paired):
             rules,
             partial(_observe_twins, self.rules, spec, codes),
             self.needs_calibration or codes.needs_calibration,
-            codes.prepare,
+            nested(codes.prepare, self.prepare),
             codes.tokens,
             codes.code_bits,
+            self.needs if self.needs_calibration else codes.needs,
             reads_weights=True,
         )
 
@@ -281,9 +312,26 @@ def sparse24(
     rules = tuple(
         Rule(glob, KINDS, convert, exact=True, unless=CLASSIFIERS, unless_reason=DENSE_CLASSIFIER) for glob in globs
     )
+    if "*" not in globs:
+        rules += (Rule("*", KINDS, convert, exact=True, unless=("*",), unless_reason=NOT_NAMED),)
     name = "SPARSE24" if spec == Sparse24() else f"SPARSE24({mask}{'' if dtype is None else f', {dtype}'})"
     reads = mask != "magnitude"
-    return Sparse24Recipe(name, rules, partial(_observe, rules, spec) if reads else None, reads, spec=spec)
+    observe, prepare = partial(_observe, rules, spec) if reads else None, partial(_prepared, spec)
+    return Sparse24Recipe(name, rules, observe, reads, prepare, needs=NEEDS_IMAGES, spec=spec)
+
+
+@contextmanager
+def _prepared(spec: Sparse24, model: nn.Module) -> Iterator[nn.Module]:
+    """Raises ValueError for a glob that names no layer; at the end what still learns is dense, with its mask."""
+    names = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Sparse24Training)]
+    for glob in spec.layers:
+        if glob != "*" and not any(fnmatchcase(name, glob) for name in names):
+            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"SPARSE24: layers={glob!r} names no nn.Linear of the model; they are {some or 'none'}")
+    yield model
+    for name, module in list(model.named_modules()):
+        if name and isinstance(module, Sparse24Training):
+            model.set_submodule(name, module.to_linear())
 
 
 def _both(first: Recipe, second: Recipe) -> Recipe:

@@ -16,6 +16,7 @@ from pyvit_accel.formats import packed
 from pyvit_accel.formats.sparse24 import Sparse24Operand
 from pyvit_accel.modules import QuantLinear, Sparse24QuantLinear, Sparse24Training, sparse24_weight, train_sparse24
 from pyvit_accel.ops.sparse24_linear import multiplies_dense
+from pyvit_accel.sparsity import gate
 
 SPARSE24, W8A8 = recipes.SPARSE24, recipes.W8A8
 WEIGHTS = ("qkv_w", "proj_w", "fc1_w", "fc2_w")
@@ -213,8 +214,10 @@ def test_block_compiles_and_exports_as_one_graph(sparse_units):
 def test_recipe_without_data():
     new, report = accelerate(vit(), SPARSE24(mask="magnitude") + recipes.W8A8_DYNAMIC)
     assert classes(new) == ALL and "layers pruned" not in str(report)
-    with pytest.raises(ValueError, match="takes its scales from data"):
+    with pytest.raises(ValueError, match=r"SPARSE24 \+ W8A8_DYNAMIC chooses weights on calibration images; .* 128"):
         accelerate(vit(), SPARSE24 + recipes.W8A8_DYNAMIC)
+    with pytest.raises(ValueError, match="takes its scales from data"):
+        accelerate(vit(), SPARSE24(mask="magnitude") + W8A8)
 
 
 def test_sums_with_more():
@@ -224,6 +227,11 @@ def test_sums_with_more():
         assert relative_error(new(images), vit()(images)) < 0.5 and report.recipe == recipe.name
     with pytest.raises(ValueError, match="8 bits that a search chose, which fills the zeros; add W8A8"):
         SPARSE24 + recipes.integer(8, 8, search=True)
+    with pytest.raises(ValueError, match="the sum is int8 by int8; leave dtype='float16' out"):
+        SPARSE24(dtype="float16") + W8A8
+    for codes_first in (W8A8, recipes.W4A8, W8A8 + recipes.TOME(3)):
+        with pytest.raises(ValueError, match="comes first and takes every Linear; put SPARSE24 first"):
+            codes_first + SPARSE24
     explicit, _ = accelerate(vit(), SPARSE24(dtype="int8") + W8A8, [images])
     assert classes(explicit) == ALL
     layerwise, _ = accelerate(vit(), SPARSE24(dtype="int8") + recipes.W4A8, [images])
@@ -236,7 +244,14 @@ def test_gate_and_layers():
     assert classes(new) == ALL | {"Sparse24QuantLinear": 4, "QuantLinear": 5} and "4 2:4 int8 x int8" in str(report)
     new, report = accelerate(vit(), SPARSE24(target=90) + W8A8, [images])
     assert classes(new) == ALL | {"Sparse24QuantLinear": 0, "QuantLinear": 9}
-    assert "2:4: blocks.*.attn.qkv (2) dense: 6304 rows x 192 features are 1.2 M outputs" in str(report)
+    text = str(report)
+    assert "2:4: blocks.*.attn.qkv (2) dense: 6304 rows x 192 features are 1.2 M outputs" in text
+    assert "2:4: blocks.*.mlp.fc2 (2) dense: 6304 rows x 64 features" in text and "modelled at" not in text
+    wide = nn.Sequential(nn.Linear(768, 3072), nn.Linear(3072, 768)).eval()
+    _, report = accelerate(wide, SPARSE24(mask="magnitude", target=90, rows=10**5) + recipes.W8A8_DYNAMIC)
+    gain, lost = f"{gate.speed_up(10**5, 768, 3072, 90, integer=True):.2f}", "modelled at 1.00 times dense speed"
+    assert f"2:4: modelled at {gain} to {gain} times the speed of the dense layers" in str(report)
+    assert f"2:4: 0 (1) dense: 100000 rows x 3072 features x 768 inputs, int8: 2:4 is {lost}" in str(report)
 
 
 def test_what_was_trained_keeps_its_mask():
@@ -249,6 +264,23 @@ def test_what_was_trained_keeps_its_mask():
     single = nn.Sequential(Sparse24Training.from_linear(nn.Linear(16, 8)), nn.Linear(8, 8)).eval()
     new, _ = accelerate(single, SPARSE24(layers="1", mask="magnitude") + recipes.W8A8_DYNAMIC)
     assert [type(m) for m in new] == [Sparse24QuantLinear] * 2
+
+
+def test_what_learns_and_is_kept_becomes_dense(tmp_path):
+    """Whatever the reason: save and load know no layers that learn."""
+    model = vit()
+    train_sparse24(model, ["*", "head"])
+    masked = {name: m.sparse_weight() for name, m in model.named_modules() if isinstance(m, Sparse24Training)}
+    with pytest.raises(ValueError, match=r"save: blocks.0.attn.qkv is a Sparse24Training, which learns and"):
+        save(accelerate(model, W8A8, [pixels()])[0], tmp_path / "m")
+    for recipe, became in ((SPARSE24(mask="magnitude", target=90), nn.Linear), (SPARSE24(mask="magnitude"), None)):
+        new, _ = accelerate(model, recipe)
+        assert type(new.head) is nn.Linear and torch.equal(new.head.weight, masked["head"])
+        assert became is None or type(new.blocks[0].mlp.fc1) is became
+        assert "Sparse24Training" not in module_names(new) and len(masked) == 9
+        save(new, tmp_path / "m")
+        assert_same_bits(load(tmp_path / "m")(pixels()), new(pixels()))
+    assert "Sparse24Training" in module_names(model)
 
 
 def test_layers_that_cannot_be_sparse_are_named():

@@ -170,8 +170,14 @@ REFUSALS = {
     "'blocks.9.*' matches no nn.Linear": (ValueError, lambda: train_sparse24(vit(), "blocks.9.*")),
     "mask='best' is not one of": (ValueError, lambda: SPARSE24(mask="best")),
     "rows=0": (ValueError, lambda: SPARSE24(rows=0)),
+    "dtype='fp8' is not one of float16, bfloat16, int8": (ValueError, lambda: SPARSE24(dtype="fp8")),
+    "target='sm_90'; use 10 major + minor": (ValueError, lambda: SPARSE24(target="sm_90")),
+    "target=9; use 10 major + minor": (ValueError, lambda: SPARSE24(target=9)),
+    "SPARSE24: layers='encoder.*' names no nn.Linear of the model; they are blocks.0.attn.qkv": (
+        ValueError, lambda: accelerate(vit(), SPARSE24(mask="magnitude", layers=["*.fc1", "encoder.*"]))
+    ),
     "not 4 x 8 bits": (ValueError, lambda: SPARSE24 + recipes.W4A8),
-    "not bfloat16": (ValueError, lambda: SPARSE24(dtype="bfloat16") + recipes.W8A8),
+    "leave dtype='bfloat16' out": (ValueError, lambda: SPARSE24(dtype="bfloat16") + recipes.W8A8),
 }  # fmt: skip
 
 
@@ -201,6 +207,14 @@ def test_gate():
     assert kept_dense(10, 90) == {"qkv", "proj", "fc2"} and kept_dense(14, 90) == kept_dense(32, 90) == {"proj", "fc2"}
     assert not kept_dense(40, 90) and not kept_dense(10, 80) and kept_dense(9, 80) == {"proj", "fc2"}
     assert "proj" in kept_dense(256, 90, integer=True) and "fc2" not in kept_dense(256, 90, integer=True)
+    with pytest.raises(Unsupported, match=r"0.15 M outputs.*; from (\d+) rows a call on it does \(rows=\)") as refusal:
+        gate.check(197, 768, 3072, 90)
+    enough = int(re.search(r"from (\d+) rows", str(refusal.value))[1])
+    gate.check(enough, 768, 3072, 90)
+    with pytest.raises(Unsupported):
+        gate.check(enough - 1, 768, 3072, 90)
+    with pytest.raises(Unsupported, match="no batch is large enough"):
+        gate.check(10**6, 64, 64, 90)
     with pytest.raises(Unsupported, match="sm_75 has no sparse units"):
         gate.check(10**6, 4096, 4096, 75)
     with pytest.raises(Unsupported, match=r"197 rows x 768 features are 0.15 M outputs, 2:4 pays from 6 M on"):
@@ -232,8 +246,9 @@ def test_recipe():
     assert better < worse
     plain, report = accelerate(model, SPARSE24(mask="magnitude", dtype="bfloat16"))  # without data
     assert plain.blocks[0].mlp.fc1.dtype == "bfloat16" and all(one.error is None for one in report.layers)
-    with pytest.raises(ValueError, match="takes its scales from data"):
+    with pytest.raises(ValueError, match=r"SPARSE24 chooses weights on calibration images; .*mask=\"magnitude\""):
         accelerate(model, SPARSE24)
+    assert "2:4: 8 layers pruned, output error 0." in text and repr(SPARSE24) == "Recipe(SPARSE24)"
 
 
 def test_recipe_with_int8(tmp_path):
@@ -254,8 +269,9 @@ def test_recipe_gate_and_layers():
     assert "6304 rows x 192 features are 1.2 M outputs" in str(report)
     new, report = accelerate(model, SPARSE24(target=90, layers="*.fc1", rows=10**7), [images])
     assert "modelled at" in str(report)  # 64 inputs are too few
-    new, _ = accelerate(model, SPARSE24(layers=["*.fc1", "*.qkv"]), [images])
+    new, report = accelerate(model, SPARSE24(layers=["*.fc1", "*.qkv"]), [images])
     assert classes(new)["Sparse24Linear"] == 4
+    assert {e.reason for e in report.kept if e.name.endswith("fc2")} == {"layers= does not name it"}
     with pytest.raises(Unsupported, match=r"blocks.0.attn.qkv: 6304 rows"):
         accelerate(model, SPARSE24(target=90), [images], strict=True)
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from pyvit_accel import sparsity
 from pyvit_accel.formats import sparse24
+from pyvit_accel.sparsity.gate import CLASSIFIERS
 
 from .quant_linear import check_weight
 
@@ -68,9 +69,11 @@ class _TwoWay(torch.autograd.Function):
 class Sparse24Training(nn.Linear):
     """Drop-in for nn.Linear in training; accelerate(model, SPARSE24) makes a Sparse24Linear of it, with its mask.
 
-    decay  SR-STE: pulls weights that are out towards zero, 2e-4 in the paper
-    every  training steps from one choice of masks to the next
-    until  steps after which masks stay as they are; None: they never do
+    backward  "dense" | "transposable" | "bimask": the masks, and what the gradient to x multiplies with, as above:
+              with the last two, sparse units could multiply in the backward pass too
+    decay     SR-STE: pulls weights that are out towards zero, 2e-4 in the paper
+    every     training steps from one choice of masks to the next
+    until     steps after which masks stay as they are; None: they never do
     """
 
     def __init__(
@@ -163,6 +166,12 @@ class Sparse24Training(nn.Linear):
         sparse24.check(w)
         return w
 
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with the weight it would be packed with; the bias is this one's."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.sparse_weight(), requires_grad=False), self.bias
+        return linear.train(self.training)
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.steps, self.updates])
 
@@ -177,20 +186,29 @@ class Sparse24Training(nn.Linear):
 
 def train_sparse24(model: nn.Module, layers: str | Iterable[str] = "*", **options) -> list[str]:
     """Make a Sparse24Training of every nn.Linear whose dotted name matches `layers` (globs), in place; their names.
-    One that has several names stays one under all of them.
+    One that has several names stays one under all of them. Classifiers are left out, unless a name stands for one.
 
-    options  as of Sparse24Training. Raises ValueError for a glob that matches none.
+    options  backward, decay, every, until of Sparse24Training. Raises ValueError for a glob that matches none.
     """
     globs = [layers] if isinstance(layers, str) else list(layers)
     everything = model.named_modules(remove_duplicate=False)
     linears = {name: module for name, module in everything if type(module) is nn.Linear}
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in linears):
-            some = ", ".join(list(linears)[:8])
-            raise ValueError(f"train_sparse24: {glob!r} matches no nn.Linear; they are {some} ...")
-    chosen = {module for name, module in linears.items() if any(fnmatchcase(name, glob) for glob in globs)}
+            some = ", ".join(list(linears)[:8]) + (", ..." if len(linears) > 8 else "")
+            learn = any(isinstance(module, Sparse24Training) for module in model.modules())
+            others = "; others learn 2:4 already" if learn else ""
+            raise ValueError(f"train_sparse24: {glob!r} matches no nn.Linear; they are {some or 'none'}{others}")
+    chosen = {
+        module for name, module in linears.items()
+        if name in globs or (any(fnmatchcase(name, glob) for glob in globs) and not _is_classifier(name))
+    }
     new = {module: Sparse24Training.from_linear(module, **options) for module in chosen}
     names = [name for name, module in linears.items() if module in chosen]
     for name in names:
         model.set_submodule(name, new[linears[name]])
     return names
+
+
+def _is_classifier(name: str) -> bool:
+    return any(fnmatchcase(name, glob) for glob in CLASSIFIERS)

@@ -11,7 +11,10 @@ Numbers of data sheets and publications, none measured with these kernels.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 
 from pyvit_accel.errors import Unsupported
 
@@ -22,6 +25,9 @@ LEAST = 1.05  # speed-up that is worth a change of the weights
 ROWS = 32 * 197  # of a batch of 32 images, where a caller says nothing
 OUTPUTS = {80: 1.5e6, 86: 1.5e6, 87: 1.5e6, 89: 1.5e6}
 OTHER_OUTPUTS = 6e6
+MOST_ROWS = 2**24  # that a batch is imagined to have
+# Names of layers that read one row per image.
+CLASSIFIERS = ("head", "head.*", "heads.*", "head_dist", "classifier", "*.classifier", "cls_classifier", "fc")
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,28 @@ def check(rows: int, out_features: int, in_features: int, capability: int, integ
     if capability < 80:
         raise Unsupported(f"{sm} has no sparse units, they came with sm_80; it stays dense")
     outputs, least = rows * out_features, OUTPUTS.get(capability, OTHER_OUTPUTS)
+    gain = speed_up(rows, out_features, in_features, capability, integer)
+    if outputs >= least and gain >= LEAST:
+        return
+    enough = _rows_that_pay(out_features, in_features, capability, integer)
+    otherwise = "no batch is large enough" if enough is None else f"from {enough} rows a call on it does (rows=)"
     if outputs < least:
         raise Unsupported(
             f"{rows} rows x {out_features} features are {outputs / 1e6:.2g} M outputs, 2:4 pays from "
-            f"{least / 1e6:.2g} M on ({sm}); larger batches pay (rows=)"
+            f"{least / 1e6:.2g} M on ({sm}); {otherwise}"
         )
-    gain = speed_up(rows, out_features, in_features, capability, integer)
-    if gain < LEAST:
-        kind = "int8" if integer else "16-bit"
-        raise Unsupported(
-            f"{rows} rows x {out_features} features x {in_features} inputs, {kind}: 2:4 is modelled at {gain:.2f} "
-            f"times dense speed on {sm}, {LEAST} is asked for; reads and writes bound it, not products"
-        )
+    kind = "int8" if integer else "16-bit"
+    raise Unsupported(
+        f"{rows} rows x {out_features} features x {in_features} inputs, {kind}: 2:4 is modelled at {gain:.2f} "
+        f"times dense speed on {sm}, {LEAST} is asked for; reads and writes bound it, not products; {otherwise}"
+    )
+
+
+def _rows_that_pay(out_features: int, in_features: int, capability: int, integer: bool) -> int | None:
+    """The fewest rows with which check passes; None beyond MOST_ROWS. The speed-up grows with them."""
+    few = math.ceil(OUTPUTS.get(capability, OTHER_OUTPUTS) / out_features)
+    many = max(few, MOST_ROWS)
+    if speed_up(many, out_features, in_features, capability, integer) < LEAST:
+        return None
+    pays = partial(speed_up, out_features=out_features, in_features=in_features, capability=capability, integer=integer)
+    return few + bisect_left(range(few, many), True, key=lambda rows: pays(rows) >= LEAST)
