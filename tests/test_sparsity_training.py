@@ -36,6 +36,18 @@ def test_checkpoints_see_one_mask(reentrant):
             again.weight.copy_(plain.weight)
 
 
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_autocast_has_all_gradients(backward):
+    module = Sparse24Training.from_linear(nn.Linear(16, 8), backward=backward)
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    y.backward(dy := torch.randn(2, 3, 8).bfloat16())
+    back = module.weight.detach() * getattr(module, "back_mask", module.mask)
+    torch.testing.assert_close(x.grad, dy.float() @ back, atol=0.05, rtol=0.02)
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == module.weight.grad.dtype == torch.float32
+
+
 def test_compiles_once():
     """Not anew for each number of steps."""
     counter = CompileCounter()
