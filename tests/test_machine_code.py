@@ -139,7 +139,7 @@ def planned(kernel: str, architecture: int):
         args = x, weight, weight, None, *(vectors if kind == "s8" else (None, None)), one.int(), 0
         after = 64, weight
     problem = launcher.problem(y, *args, "none", None, None, None, 0, 8, *after)
-    return launcher.plan(problem, architecture, 132, kernel)
+    return launcher.OP.plan(problem, architecture, 132, kernel)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
