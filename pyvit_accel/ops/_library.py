@@ -15,9 +15,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from pyvit_accel import backends, reference
+from pyvit_accel import backends
 
 LIBRARY = torch.library.Library("pyvit_accel", "DEF")
+EVERYWHERE: dict[str, Callable] = {}  # what runs on devices without a kernel of their own, by op
 
 
 def check_rows(op: str, x: Tensor) -> int:
@@ -71,6 +72,7 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> Calla
     """Define an op whose meaning, on any device without a kernel of its own, is the reference. Returns its overload."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    EVERYWHERE[name] = reference
     torch.library.register_fake(f"pyvit_accel::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.pyvit_accel, name).default
 
@@ -104,13 +106,11 @@ def finish() -> None:
         for name in kernels.__all__:
             LIBRARY.impl(name, _launcher(name, getattr(kernels, name)), "CUDA")
     elif backends.HAS_CUDA_LIBRARY:
-        LIBRARY.impl("lowbit_linear", _launcher("lowbit_linear", reference.lowbit_linear), "CUDA")
+        LIBRARY.impl("lowbit_linear", _launcher("lowbit_linear", EVERYWHERE["lowbit_linear"]), "CUDA")
     if backends.HAS_CUDA_LIBRARY:
         from pyvit_accel.cuda.sparse24_linear import before
 
-        from .sparse24_linear import on_dense
-
-        LIBRARY.impl("sparse24_linear", before(on_dense), "CUDA")
+        LIBRARY.impl("sparse24_linear", before(EVERYWHERE["sparse24_linear"]), "CUDA")
     if backends.HAS_CPU_KERNELS:
         from pyvit_accel import _C  # noqa: F401 - importing it registers the CPU kernels, and refuses their backwards
 
