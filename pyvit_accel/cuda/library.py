@@ -79,7 +79,7 @@ _LaunchMemory = c_uint8 * (ctypes.sizeof(Launch) + ALIGNMENT)
 
 
 class Epilogue(ctypes.Structure):
-    """csrc/cuda/lowbit_linear.h."""
+    """csrc/cuda/linear.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x_scale", "w_scale", "bias", "layer_scale", "residual", "out_scale")),
