@@ -12,10 +12,11 @@
 //     values, 2 tiles x 2 k-steps   never                                ld.global.v4: A of four m64 wgmmas, a stage ahead
 //     FROM_ROWS: rows of 64 bytes   [2][FEATURES / 2][64], 64-byte       never: operand A is read from shared memory
 //     metadata of 2 k-steps         never                                ld.global.v2, a stage ahead
+//     FROM_ROWS: of 4               [FEATURES / 32 or / 16][32][16]      ld.shared.v2
 //     values, metadata              never: to L2, when x is copied, by the first of the blocks that will load them
 //
-// A consumer loads A of the next stage, or of the next tile, waits for x of this one, and issues four wgmmas; when they are done
-// it gives the stage back.
+// A consumer loads A of the next stage, or of the next tile (FROM_ROWS there is no need), waits for the copies of this one, and
+// issues four wgmmas; when they are done it gives the stage back.
 //
 // A warp's rows of the first m64 are a tile of 16 features, those of the second the next one, so that one word is the
 // metadata of both (sparse24.cuh). FROM_ROWS the copies put even tiles first and odd ones behind them, to the same end.
@@ -24,11 +25,11 @@
 // comes on top. In clocks of an SM per k-step of a tile, and bytes of L2 (24 to 46 a clock, by others' measurements):
 //
 //     features x tokens   cluster   products   shared memory          from rows   L2, 16 bits
-//     256 x 128           2         256        256 + 64               + 64 + 64   52
-//     128 x 128           2         128        128 + 64               + 32 + 32   68, two blocks an SM
+//     256 x 128           2         256        256 + 64               + 80 + 72   52
+//     128 x 128           2         128        128 + 64               + 40 + 36   68, two blocks an SM
 //     128 x 64            1         64         64 + 32                            136, two blocks an SM
 //
-// So 256 x 128 reaches 80 % of its products' rate where L2 keeps up, and 57 % from rows, which are written and read. Fragment
+// So 256 x 128 reaches 80 % of its products' rate where L2 keeps up, and 54 % from rows, which are written and read. Fragment
 // order is what makes registers cheap: 20 bytes of a lane for a k-step of 16 features, as they lie. After K = 768 of 16 bits,
 // 6144 clocks of products, the epilogue has 21 instructions an output (53 with an activation) for 128 lanes a clock, 5400 to
 // 13600 clocks: two blocks of 128 x 128 on an SM hide their products under each other's. None of this is measured; the plan
@@ -57,17 +58,19 @@ struct SparseTile : HopperBlock<CONSUMERS, TOKENS, TOKENS < 128 ? 1 : 2, 1> {
   static constexpr bool FROM_ROWS = FROM_ROWS_;
 
   static constexpr int GROUP_M = 16;
-  // A stage: x, then the kept weights of even tiles of 16 features, then of odd ones.
+  // A stage: x; FROM_ROWS the kept weights of even tiles of 16 features, then of odd ones, and the metadata of their group of
+  // k-steps, of which a stage takes half: TMA does not copy 8 of 16 bytes.
   static constexpr int X_BYTES = TOKENS * STAGE_INPUT_BYTES;
   static constexpr int W_BYTES = FROM_ROWS ? Block::FEATURES * STAGE_INPUT_BYTES / 2 : 0;
-  static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+  static constexpr int META_ROWS = 128 / PAIR * WORDS_OF_PAIR<ELEMENTS>, META_BYTES = META_ROWS * GROUP_BYTES;  // of a consumer
+  static constexpr int STAGE_BYTES = X_BYTES + W_BYTES + (FROM_ROWS ? CONSUMERS * META_BYTES : 0);
   static constexpr int X_PART_TOKENS = TOKENS / Block::CLUSTER, X_PART_BYTES = X_BYTES / Block::CLUSTER;  // that a block copies
   static_assert(X_PART_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
-  // What they leave of shared memory is L1's, through which the weights come.
-  static constexpr int STAGES = FROM_ROWS && Block::BLOCKS_PER_SM == 2 ? 4 : 6;
+  // What they leave of shared memory is L1's, through which weights come that go to registers.
+  static constexpr int FIT = Block::SHARED_LIMIT / (STAGE_BYTES + 16), STAGES = FIT < 6 ? FIT : 6;
   static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + 16);
-  static_assert(SHARED_BYTES <= Block::SHARED_LIMIT);
+  static_assert(STAGES >= 4, "one is multiplied, one is there, and two are on their way");
 
   static constexpr int AT_ONCE = TOKENS == 128 ? 2 : 4, TURNS = TOKENS / 8 / AT_ONCE;
   static_assert(TOKENS % (8 * AT_ONCE) == 0, "turns are alike");
@@ -77,6 +80,7 @@ struct SparseTile : HopperBlock<CONSUMERS, TOKENS, TOKENS < 128 ? 1 : 2, 1> {
 struct SparseParams {
   alignas(64) uint8_t x_map[128];  // (K, M), box 128 bytes x X_PART_TOKENS, 128-byte swizzle
   alignas(64) uint8_t w_map[128];  // FROM_ROWS: (K / 2, 16, 2, pairs of tiles), box 64 bytes x 16 x 1 x FEATURES / 32, 64-byte
+  alignas(64) uint8_t meta_map[128];  // FROM_ROWS: (words of a group: 128, groups, rows), box 128 x 1 x META_ROWS
   Epilogue epilogue;
   const uint8_t* values;
   const uint8_t* meta;
@@ -103,7 +107,7 @@ __device__ __forceinline__ void prefetch_weights(const SparseParams& p, int n, i
 template <class Tile>
 __device__ __forceinline__ void produce(const SparseParams& p, Stages<Tile> stages) {
   hopper::prefetch_tensor_map(p.x_map);
-  if constexpr (Tile::FROM_ROWS) hopper::prefetch_tensor_map(p.w_map);
+  if constexpr (Tile::FROM_ROWS) hopper::prefetch_tensor_map(p.w_map), hopper::prefetch_tensor_map(p.meta_map);
   copy_ahead<Tile>(p.epilogue, p.stages, stages, [&](const Stages<Tile>& at, Corner corner, int stage) {
     uint64_t* const full = at.full + at.stage;
     const int input = stage * inputs_of_stage(Tile::ELEMENTS);
@@ -114,15 +118,21 @@ __device__ __forceinline__ void produce(const SparseParams& p, Stages<Tile> stag
       hopper::tma_load_to(Tile::ALL_BLOCKS, at.x() + part * Tile::X_PART_BYTES, p.x_map, full, input,
                           corner.m + part * Tile::X_PART_TOKENS);
     }
-    if constexpr (Tile::FROM_ROWS)
+    if constexpr (Tile::FROM_ROWS) {
       for (int i = 0; i < 2; ++i)
         hopper::tma_load(at.w() + i * Tile::W_BYTES / 2, p.w_map, full, input / 2, 0, i, corner.n / PAIR);
-    else if (corner.m == 0)  // the first of the tiles that take these weights; the others find them in L2
+      for (int i = 0; i < Tile::CONSUMERS; ++i) {  // zeros would be no metadata
+        const int n = min(corner.n + 128 * i, packed_features(p.epilogue.N) - 128);
+        hopper::tma_load(at.w() + Tile::W_BYTES + i * Tile::META_BYTES, p.meta_map, full, 0, stage / 2,
+                         n / 128 * Tile::META_ROWS);
+      }
+    } else if (corner.m == 0) {  // the first of the tiles that take these weights; the others find them in L2
       prefetch_weights<Tile>(p, corner.n, stage);
+    }
   });
 }
 
-// A stage of this warp's weights, a pair of tiles, in registers: metadata alone when values come from shared memory.
+// A stage of this warp's weights, a pair of tiles, in registers; FROM_ROWS metadata alone.
 template <class Tile>
 struct Weights {
   static constexpr int WORDS = WORDS_OF_PAIR<Tile::ELEMENTS>;
@@ -151,13 +161,11 @@ struct WeightPointers {
     meta = p.meta + pair * WORDS * p.groups * GROUP_BYTES + lane * 16;
   }
   __device__ __forceinline__ void load(Weights<Tile>& to, int groups) const {
-    if constexpr (!Tile::FROM_ROWS) {
-      const int64_t tile = static_cast<int64_t>(groups) * STEPS_PER_GROUP * TILE_BYTES;
+    const int64_t tile = static_cast<int64_t>(groups) * STEPS_PER_GROUP * TILE_BYTES;
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) hopper::load_words_once(values + i * tile + k * TILE_BYTES, to.a[k][i]);
-    }
+      for (int k = 0; k < STEPS; ++k) hopper::load_words_once(values + i * tile + k * TILE_BYTES, to.a[k][i]);
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) hopper::load_words(meta + i * (static_cast<int64_t>(groups) * GROUP_BYTES), to.e[i]);
   }
@@ -168,7 +176,7 @@ struct WeightPointers {
 };
 
 // The products of a tile, whose first weights are in `next`; leaves there those of the tile after, which `weights` then points
-// to. Returns when they are done and their stages are given back.
+// to (FROM_ROWS these are nothing). Returns when they are done and their stages are given back.
 template <class Tile>
 __device__ __forceinline__ void multiply_tile(Sum<Tile::ELEMENTS> (&sums)[2][Tile::TOKENS / 2], const SparseParams& p,
                                               WeightPointers<Tile>& weights, const WeightPointers<Tile>& after,
@@ -176,12 +184,21 @@ __device__ __forceinline__ void multiply_tile(Sum<Tile::ELEMENTS> (&sums)[2][Til
   constexpr int WORDS = Weights<Tile>::WORDS, SECOND = WORDS == 1 ? 1 : 0;  // selector: the other half of the same words
 #pragma unroll 1
   for (int stage = 0; stage < p.stages; ++stage, at.next()) {
-    Weights<Tile> now = next;
-    now.pin();
-    weights.advance(stage);
-    if (stage + 1 == p.stages) weights = after;
-    weights.load(next, p.groups);  // before the products: the assembler waits after each when it finds such loads among them
+    Weights<Tile> now;
+    if constexpr (!Tile::FROM_ROWS) {
+      now = next;
+      now.pin();
+      weights.advance(stage);
+      if (stage + 1 == p.stages) weights = after;
+      weights.load(next, p.groups);  // before the products: the assembler waits after each when it finds such loads among them
+    }
     hopper::mbarrier_wait(at.full + at.stage, at.parity);
+    if constexpr (Tile::FROM_ROWS) {
+      const uint32_t meta = at.w() + Tile::W_BYTES + threadIdx.x / 32 * (WORDS * GROUP_BYTES) + threadIdx.x % 32 * 16 +
+                            stage % 2 * 8;
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) hopper::load_words(meta + i * GROUP_BYTES, now.e[i]);
+    }
     const uint64_t x = hopper::swizzled_operand(at.x());
     hopper::wgmma_fence();
 #pragma unroll
@@ -213,7 +230,7 @@ __device__ __forceinline__ void consume(const SparseParams& p, Stages<Tile> at) 
   Corner corner = tiles.corner(tiles.first());
   WeightPointers<Tile> weights(p, corner.n + warp * PAIR);
   Weights<Tile> next;
-  weights.load(next, p.groups);
+  if constexpr (!Tile::FROM_ROWS) weights.load(next, p.groups);
   for (uint32_t tile = tiles.first(); tile < tiles.end(); tile += tiles.step()) {
     const Corner next_corner = tiles.corner(min(tile + tiles.step(), tiles.end() - 1));
     const WeightPointers<Tile> after(p, next_corner.n + warp * PAIR);
@@ -257,7 +274,7 @@ void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, 
   launch.dependent = 1;
   launch.grid = persistent_grid(config, e, sm_count);
 
-  launch.num_maps = Tile::FROM_ROWS ? 2 : 1;
+  launch.num_maps = Tile::FROM_ROWS ? 3 : 1;
   launch.maps[0] = map_of_x(problem.x, problem.x_stride, e.M, problem.K, bytes, Tile::X_PART_TOKENS,
                             offsetof(SparseParams, x_map));
   if constexpr (Tile::FROM_ROWS) {
@@ -268,6 +285,12 @@ void prepare(const Sparse24Linear& problem, const Sparse24LinearConfig& config, 
     w.dims[0] = kept_bytes / bytes, w.dims[1] = TILE, w.dims[2] = 2, w.dims[3] = packed_features(e.N) / PAIR;
     w.strides[0] = kept_bytes, w.strides[1] = TILE * kept_bytes, w.strides[2] = PAIR * kept_bytes;
     w.box[0] = inputs_of_stage(Tile::ELEMENTS) / 2, w.box[1] = TILE, w.box[2] = 1, w.box[3] = Tile::FEATURES / PAIR;
+    TensorMap& meta = launch.maps[2];
+    meta.base = reinterpret_cast<uint64_t>(problem.meta);
+    meta.rank = 3, meta.element_bytes = 4, meta.swizzle = 0, meta.offset = offsetof(SparseParams, meta_map);
+    meta.dims[0] = GROUP_BYTES / 4, meta.dims[1] = params.groups, meta.dims[2] = packed_features(e.N) / 128 * Tile::META_ROWS;
+    meta.strides[0] = GROUP_BYTES, meta.strides[1] = static_cast<uint64_t>(params.groups) * GROUP_BYTES;
+    meta.box[0] = GROUP_BYTES / 4, meta.box[1] = 1, meta.box[2] = Tile::META_ROWS;
   }
 }
 
