@@ -292,6 +292,15 @@ def test_every_plan_can_be_launched(capability):
                 assert tokens == 32 if M == 1 else M < 10000 or tokens == 128
 
 
+def test_weights_come_from_shared_memory_where_blocks_are_alone():
+    """On a multiprocessor with one block nobody works while that waits for weights, which go to registers late."""
+    for M, N, alone in ((1576, 768, True), (12608, 3072, False)):
+        for rows in (1 << 20, None):
+            launch = launcher.OP.plan(problem(M, N, 768, rows=rows), 90, 132)
+            assert (launch.grid <= 132) == alone
+            assert ("_rows_" in launch.kernel.decode()) == (alone and rows is not None), launch.kernel
+
+
 def test_a_launch_without_a_driver():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -59,7 +59,8 @@ inline int check_grid(const char* op, const Kernel& kernel, const Epilogue& e) {
 // ---- what is chosen
 
 // What a choice is made by; estimates, in clocks of an SM, until they are measured.
-constexpr double L2_BYTES_PER_CLOCK = 32;   // an SM's share when all of them read
+constexpr double L2_BYTES_PER_CLOCK = 32;   // an SM's share when all of them read; by others' measurements 24 to 46 on Hopper
+constexpr double L2_LATENCY = 300;          // by others' (Luo et al., arXiv:2402.13499) somewhat less where nobody else reads
 constexpr double ACTIVATION_CLOCKS = 0.25;  // of an output: 32 instructions
 constexpr double BLOCK_CLOCKS = 1000;       // until the first product, and after the last
 
@@ -68,6 +69,9 @@ struct TileCost {
   double products;  // clocks
   double bytes;     // from L2
   double epilogue;  // clocks of an output, without an activation
+  // What is loaded for a stage has as many stages to arrive as it is loaded ahead: a block waits for the latency, and its bytes.
+  double stages = 0, bytes_ahead = 0;  // 0: ahead enough, whatever the latency
+  int ahead = 1;
 };
 
 inline double area(const Kernel& kernel) { return static_cast<double>(kernel.features) * kernel.tokens; }
@@ -75,9 +79,11 @@ inline double area(const Kernel& kernel) { return static_cast<double>(kernel.fea
 // Clocks until the busiest SM has done its tiles. Where it has two blocks, the epilogue of one runs under the products of
 // the other.
 inline double clocks(const Kernel& kernel, const Epilogue& e, int sm_count, const TileCost& tile) {
-  const double loop = std::max(tile.products, tile.bytes / L2_BYTES_PER_CLOCK);
   const double epilogue = area(kernel) * (tile.epilogue + (e.activation ? ACTIVATION_CLOCKS : 0));
   const int64_t of_sm = ceil_div(tiles(kernel, e), sm_count);
+  const int64_t blocks = std::min<int64_t>(of_sm, kernel.blocks_per_sm);  // that wait beside each other
+  const double waits = (tile.stages * L2_LATENCY / blocks + tile.bytes_ahead / L2_BYTES_PER_CLOCK) / tile.ahead;
+  const double loop = std::max({tile.products, tile.bytes / L2_BYTES_PER_CLOCK, waits});
   const double alone = of_sm * (loop + epilogue);
   const double together = of_sm * std::max(loop, epilogue) + std::min(loop, epilogue);
   return (kernel.blocks_per_sm > 1 ? together : alone) + ceil_div(of_sm, kernel.blocks_per_sm) * BLOCK_CLOCKS;

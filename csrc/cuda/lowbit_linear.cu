@@ -42,7 +42,9 @@ constexpr double EPILOGUE_CLOCKS = 0.125;  // of an output: the 16 instructions 
 TileCost cost(const LowbitLinearConfig& config, const LowbitLinear& p) {
   const double w_bytes = config.features * p.w_bits / 8.0 / config.cluster_tokens;  // of an input
   const double x_bytes = static_cast<double>(config.tokens) / config.cluster_features;
-  return {area(config) * p.K / config.macs_per_clock, p.K * (w_bytes + x_bytes), EPILOGUE_CLOCKS};
+  return {.products = area(config) * p.K / config.macs_per_clock,
+          .bytes = p.K * (w_bytes + x_bytes),
+          .epilogue = EPILOGUE_CLOCKS};
 }
 
 const LowbitLinearConfig* config_at(int config) {

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "linear_plan.h"
+#include "sparse24.cuh"
 
 namespace pyvit_accel {
 namespace {
@@ -43,23 +44,33 @@ int check(const Sparse24Linear& p) {
 }
 
 // Estimates.
-constexpr double SHARED_SHARE = 0.8;       // of the products' rate, which shared memory lets through on Hopper
+constexpr double SHARED_SHARE = 0.8;       // of the products' rate, which shared memory lets through on Hopper,
+constexpr double ROWS_SHARE = 0.5;         // and where the weights come through it too (sparse24_linear_sm90.cu)
 constexpr double EPILOGUE_CLOCKS = 0.165;  // of an output: the 16 instructions of codes with a bias, and 5 of exchange()
 
 TileCost cost(const Sparse24LinearConfig& config, const Sparse24Linear& p) {
   const double row = static_cast<double>(p.K) * (p.elements == INT8 ? 1 : 2);  // bytes
-  const double packed = row * (p.elements == INT8 ? 0.625 : 0.5625);
-  const double bytes = config.features * packed / config.cluster_tokens + config.tokens * row / config.cluster_features;
-  return {area(config) * row / config.bytes_per_clock / SHARED_SHARE, bytes, EPILOGUE_CLOCKS};
+  const double meta = row * (p.elements == INT8 ? 0.125 : 0.0625) * (config.from_rows ? 2 : 1);
+  const double weights = config.features * (row / 2 + meta) / config.cluster_tokens;
+  const double products = area(config) * row / config.bytes_per_clock / (config.from_rows ? ROWS_SHARE : SHARED_SHARE);
+  return {.products = products,
+          .bytes = weights + config.tokens * row / config.cluster_features,
+          .epilogue = EPILOGUE_CLOCKS,
+          .stages = static_cast<double>(stages_of(p.K, p.elements)),
+          .bytes_ahead = weights,
+          .ahead = config.ahead};
 }
 
 const Sparse24LinearConfig* config_at(int config) {
   return numbered<Sparse24LinearConfig>(config, {sparse24_linear_sm80(), sparse24_linear_sm90()});
 }
 
-// Not from rows: by the model they are slower, and it takes a GPU to know better.
+// Weights that go to registers are loaded one stage ahead, those of rows, if there are any, as many as shared memory has. So rows
+// are for problems that leave an SM one block, beside which nobody works while it waits; elsewhere registers are the faster way.
 const Sparse24LinearConfig* choose(const Sparse24Linear& p, int capability, int sm_count) {
-  const auto fits = [&](const Sparse24LinearConfig& config) { return config.elements == p.elements && !config.from_rows; };
+  const auto fits = [&](const Sparse24LinearConfig& config) {
+    return config.elements == p.elements && (p.rows || !config.from_rows);
+  };
   const auto cost_of = [&](const Sparse24LinearConfig& config) { return cost(config, p); };
   return fastest(config_at, p.epilogue, capability, sm_count, fits, cost_of);
 }

@@ -41,6 +41,7 @@ struct Sparse24LinearConfig : Kernel {
   int32_t elements;
   int32_t bytes_per_clock;  // of an SM: bytes of a row of x times rows of w that its instruction multiplies
   bool from_rows;           // the weights are read from `rows`
+  int32_t ahead;            // stages that weights are loaded before they are multiplied
   // Fills grid, parameters and tensor maps; the rest of launch is. The problem is valid.
   void (*prepare)(const Sparse24Linear& problem, const Sparse24LinearConfig& config, int sm_count, Launch& launch);
 };

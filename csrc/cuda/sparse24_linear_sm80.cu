@@ -176,7 +176,7 @@ std::span<const Sparse24LinearConfig> sparse24_linear_sm80() {
 #define DESCRIBE(NAME, ELEMENTS, FEATURES, TOKENS, STAGES, BLOCKS_PER_SM)                                  \
   {{#NAME, reinterpret_cast<const void*>(&NAME), 80, FEATURES, TOKENS, THREADS,                            \
     STAGES * StageLayout<ELEMENTS, FEATURES, TOKENS>::BYTES, BLOCKS_PER_SM},                               \
-   ELEMENTS, 4096, false, prepare},
+   ELEMENTS, 4096, false, STAGES - 1, prepare},
   static const Sparse24LinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
   return configs;

@@ -33,7 +33,7 @@
 // order is what makes registers cheap: 20 bytes of a lane for a k-step of 16 features, as they lie. After K = 768 of 16 bits,
 // 6144 clocks of products, the epilogue has 21 instructions an output (53 with an activation) for 128 lanes a clock, 5400 to
 // 13600 clocks: two blocks of 128 x 128 on an SM hide their products under each other's. None of this is measured; the plan
-// (sparse24_linear.cu) chooses by it, and FROM_ROWS is there for a GPU to say whether registers are the better source.
+// (sparse24_linear.cu) chooses by it: FROM_ROWS where one block is alone on an SM, for it gets its weights earlier.
 //
 // A consumer waits for its four wgmmas before the next four, so that their registers are free: the other consumer, or the
 // other block, has four of its own under way meanwhile, 256 clocks. A of the next stage arrives in that time too. What lies
@@ -323,7 +323,8 @@ namespace pyvit_accel {
 
 std::span<const Sparse24LinearConfig> sparse24_linear_sm90() {
 #define DESCRIBE(NAME, ELEMENTS, CONSUMERS, TOKENS, FROM_ROWS) \
-  {describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)), ELEMENTS, 8192, FROM_ROWS, prepare<NAME##_tile>},
+  {describe<NAME##_tile>(#NAME, reinterpret_cast<const void*>(&NAME)), ELEMENTS, 8192, FROM_ROWS, \
+   FROM_ROWS ? NAME##_tile::STAGES - 1 : 1, prepare<NAME##_tile>},
   static const Sparse24LinearConfig configs[] = {KERNELS(DESCRIBE)};
 #undef DESCRIBE
   return configs;
