@@ -1,13 +1,11 @@
 // The instructions of sm_80 that CUDA C++ has no words for.
 #pragma once
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "shared_memory.cuh"
 
 namespace pyvit_accel {
 namespace {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ---- cp.async: a thread's copies go on while it does; groups of them complete in order ----
 
@@ -35,19 +33,6 @@ __device__ __forceinline__ void load_matrices(uint32_t from, uint32_t (&to)[4]) 
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(from)
                : "memory");
-}
-
-// 16 bytes at a multiple of 16.
-__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
-               : "memory");
-}
-
-// 8 bytes at a multiple of 8.
-__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[2]) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
 }
 
 // ---- tensor core ----

@@ -13,33 +13,20 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "shared_memory.cuh"
 #include "sparse24_linear.h"
 
 namespace pyvit_accel::hopper {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// From shared memory, at multiples of their size.
-__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[4]) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void load_words(uint32_t from, uint32_t (&to)[2]) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
-}
-
 // From global memory, at multiples of their size; `once`: of what nobody on this SM reads again. Not by ld.nc: the launch before
 // may still write it when this one begins.
-__device__ __forceinline__ void load_words_once(const void* from, uint32_t (&to)[4]) {
+__device__ __forceinline__ void load_global_once(const void* from, uint32_t (&to)[4]) {
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "l"(__cvta_generic_to_global(from))
                : "memory");
 }
-__device__ __forceinline__ void load_words(const void* from, uint32_t (&to)[2]) {
+__device__ __forceinline__ void load_global(const void* from, uint32_t (&to)[2]) {
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(__cvta_generic_to_global(from)) : "memory");
 }
 

@@ -88,7 +88,7 @@ struct Stages {
   uint32_t parity = 0;
 
   __device__ __forceinline__ explicit Stages(uint8_t* shared)
-      : base(hopper::shared_address(shared)),
+      : base(shared_address(shared)),
         full(reinterpret_cast<uint64_t*>(shared + Tile::STAGES * Tile::STAGE_BYTES)),
         empty(full + Tile::STAGES) {}
   __device__ __forceinline__ uint32_t x() const { return base + stage * Tile::STAGE_BYTES; }

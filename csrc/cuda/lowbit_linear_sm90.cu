@@ -55,12 +55,12 @@ __device__ __forceinline__ void multiply(int32_t (&sums)[2][Tile::TOKENS / 2], u
                                          bool accumulate) {
   const uint32_t step = chunk * chunk_bytes(Tile::W_BITS);
   uint32_t low[4], a[2][4];
-  hopper::load_words(swizzled_ahead(w, step), low);
+  load_words(swizzled_ahead(w, step), low);
   if constexpr (Tile::W_BITS == 4) {
     unpack4(low, a);
   } else {
     uint32_t high[4];
-    hopper::load_words(swizzled_ahead(w, step + 256), high);
+    load_words(swizzled_ahead(w, step + 256), high);
     unpack8(low, high, a);
   }
   hopper::pin(a[0]);

@@ -165,9 +165,9 @@ struct WeightPointers {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int k = 0; k < STEPS; ++k) hopper::load_words_once(values + i * tile + k * TILE_BYTES, to.a[k][i]);
+      for (int k = 0; k < STEPS; ++k) hopper::load_global_once(values + i * tile + k * TILE_BYTES, to.a[k][i]);
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) hopper::load_words(meta + i * (static_cast<int64_t>(groups) * GROUP_BYTES), to.e[i]);
+    for (int i = 0; i < WORDS; ++i) hopper::load_global(meta + i * (static_cast<int64_t>(groups) * GROUP_BYTES), to.e[i]);
   }
   __device__ __forceinline__ void advance(int from) {  // stages 2 i and 2 i + 1 are of one group
     values += STEPS * TILE_BYTES;
@@ -197,7 +197,7 @@ __device__ __forceinline__ void multiply_tile(Sum<Tile::ELEMENTS> (&sums)[2][Til
       const uint32_t meta = at.w() + Tile::W_BYTES + threadIdx.x / 32 * (WORDS * GROUP_BYTES) + threadIdx.x % 32 * 16 +
                             stage % 2 * 8;
 #pragma unroll
-      for (int i = 0; i < WORDS; ++i) hopper::load_words(meta + i * GROUP_BYTES, now.e[i]);
+      for (int i = 0; i < WORDS; ++i) load_words(meta + i * GROUP_BYTES, now.e[i]);
     }
     const uint64_t x = hopper::swizzled_operand(at.x());
     hopper::wgmma_fence();
