@@ -201,8 +201,14 @@ def test_a_round_of_swaps_never_loses():
     assert shares[0] == pytest.approx(sparsity.kept_energy(score.sqrt(), sparsity.largest_two(score)), rel=1e-5)
     assert all(later >= earlier for earlier, later in pairwise(shares)) and shares[1] > shares[0]
     assert torch.allclose(_larger(score.T, score.T[:9]), torch.maximum(score.T[:, None], score.T[:9]).sum(-1))
-    swaps = _best_swaps(torch.rand(64, 64) + 100, score.T)
+    kept = torch.rand(64, 64) + 100
+    swaps = _best_swaps(kept, score.T)
     assert sorted(place // 4 for swap in swaps for place in swap) == list(range(16))
+    now = score.view(3, 16, 4).topk(2).values.sum((0, 2))
+    gains = [float(kept[i, j] + kept[j, i] - now[i // 4] - now[j // 4]) for i, j in swaps]
+    assert gains == sorted(gains, reverse=True)
+    pairs = [(i, j) for i, j in combinations(range(64), 2) if i // 4 != j // 4]
+    assert swaps[0] == max(pairs, key=lambda p: float(kept[p] + kept[p[::-1]] - now[p[0] // 4] - now[p[1] // 4]))
 
 
 def test_search_parts_what_crowds_one_chunk():
@@ -220,6 +226,7 @@ def test_bimask():
     survivors = (w * found.forward).abs()[found.order].T
     for row, kept in zip(survivors.reshape(-1, 4), found.backward[found.order].T.reshape(-1, 4), strict=True):
         assert (row * kept).sum() == pytest.approx(row.topk(2).values.sum().item())
+    assert torch.equal(found.order, sparsity.search((w * found.forward).abs().T).order)
     plain = sparsity.bimask(w, torch.arange(24))
     assert found.kept > plain.kept and 0.5 < plain.kept < 1
     again = sparsity.bimask(w, found.order)

@@ -232,64 +232,6 @@ def test_nothing_to_tell_apart(vit, images, method):
     assert [found[1].permuted, found[7].permuted] == [1.0, 1.0] and model(images.float()).isfinite().all()
 
 
-class Told(nn.Module):
-    """Blocks that are told something more."""
-
-    def __init__(self, told, named):
-        super().__init__()
-        self.told, self.named, self.blocks = told, named, nn.ModuleList(Add() for _ in range(2))
-
-    def forward(self, x):
-        for block, told in zip(self.blocks, self.told, strict=True):
-            x = block(x, told=told) if self.named else block(x, told)
-        return x
-
-
-class Add(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    def forward(self, x, told):
-        return x + self.fc(x * told)
-
-
-TOLD = {"alike": (1.5, 1.5), "numbers": (1.0, 9.0), "tensors": (torch.ones(8), 9 * torch.ones(8))}
-
-
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("told", TOLD.values(), ids=TOLD)
-def test_what_each_block_is_told(told, named):
-    model, x = Told(told, named).eval(), torch.randn(64, 8)
-    names = ["blocks.0.fc", "blocks.1.fc"]
-    stream = Stream(model, [x], names, True, True)
-    assert stream.chain == (told[0] is told[1])
-    stream.advance("blocks.0")
-    found = stream.moments("blocks.1", names[1:])[names[1]]
-    assert torch.allclose(found.mean, sparsity.observe(model, x, names)[names[1]].mean, atol=1e-5)
-
-
-class Twice(nn.Module):
-    """The same blocks, two times over."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-
-    def forward(self, x):
-        for block in (*self.blocks, *self.blocks):
-            x = block(x)
-        return x
-
-
-def test_blocks_that_run_twice():
-    model, batches, names = Twice().eval(), torch.randn(3, 20, 8).unbind(), ["blocks.0", "blocks.1"]
-    stream = Stream(model, batches, names, True, True)
-    found, expected = stream.moments(names[0], names[:1])[names[0]], sparsity.observe(model, batches, names)[names[0]]
-    assert not stream.chain and found.count == expected.count == 120
-    assert torch.allclose(found.gram, expected.gram, atol=1e-6)
-
-
 class Pairs(nn.Module):
     """Two blocks that are no chain: something is added in between, and one takes its input by name."""
 

@@ -44,7 +44,7 @@ class Stream:
         """Whether the blocks are a chain, and the inputs of the first."""
         missed = {self.model.get_submodule(name): name for name in names}
         blocks = [self.model.get_submodule(block) for block, _ in self.groups]
-        apart, last = [], [None]
+        apart, last, passed = [], [None], []
 
         def enter(module, args, kwargs):
             missed.pop(module, None)
@@ -57,14 +57,17 @@ class Stream:
 
         def leave(module, args, output):
             last[0] = _first(output)
+            passed.append(module)
 
         handles = [module.register_forward_hook(leave) for module in blocks]
         try:
             with hooked(dict.fromkeys([*blocks, *missed], enter)):
                 for args, kwargs in calls(self.model, self.batches):
                     last[0] = None
+                    passed.clear()
                     with suppress(_Stop):
                         self.model(*args, **kwargs)
+                        apart += [block for block in blocks if passed.count(block) != 1]
         finally:
             for handle in handles:
                 handle.remove()
