@@ -269,6 +269,8 @@ def test_shapes_and_dtypes():
         unpack(values, meta.long(), 40, 200)
     with pytest.raises(ValueError, match=r"multiples of \(32, 64\), pad it to \(64, 256\) with zeros first"):
         to_torch(values, meta, 40, 200)
+    with pytest.raises(ValueError, match=r"multiples of \(32, 64\), pad it to \(32, 128\) with zeros first"):
+        to_torch(*pack(torch.zeros(32, 96, dtype=torch.float16)), 32, 96)
     with pytest.raises(ValueError, match=r"multiples of \(32, 32\) and"):
         from_torch(torch.zeros(40, 64, dtype=torch.float16), torch.zeros(40, 8, dtype=torch.int16))
     with pytest.raises(ValueError, match=r"of torch.int16"):

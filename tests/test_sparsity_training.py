@@ -74,6 +74,23 @@ def test_blank_models_choose_masks_when_they_get_weights(backward):
     assert (module.mask.view(8, 4, 4).sum(-1) == 2).all()
 
 
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_state_and_mode(backward):
+    """A copy goes on where the first one was; NaN is not packed."""
+    linear = nn.Linear(16, 8).eval()
+    module = Sparse24Training.from_linear(linear, backward=backward, every=2)
+    assert module.weight is linear.weight and not module.training and module.train() is module
+    for _ in range(5):
+        module(torch.randn(2, 16))
+    other = Sparse24Training(16, 8, backward=backward, every=2)
+    other.load_state_dict(module.state_dict())
+    assert (module.steps, module.updates) == (other.steps, other.updates) == (5, 3)
+    with torch.no_grad():
+        module.weight[3, 9] = torch.nan
+    with pytest.raises(ValueError, match="row 3, chunk 2 holds nan; weights must be finite"):
+        module.sparse_weight()
+
+
 def test_a_layer_of_two_names():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
     model["c"] = model["a"]

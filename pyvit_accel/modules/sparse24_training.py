@@ -115,7 +115,6 @@ class Sparse24Training(nn.Linear):
             if name in new._buffers:
                 setattr(new, name, torch.zeros_like(getattr(new, name), device=linear.weight.device))
         new.weight, new.bias = linear.weight, linear.bias
-        new.updates = 0
         new.update_masks()
         return new.train(linear.training)
 
