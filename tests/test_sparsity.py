@@ -323,6 +323,10 @@ def test_observe_names_what_was_not_reached():
     model, x = Two().eval(), torch.randn(5, 4)
     found = sparsity.observe(model, [x, (x, torch.zeros(5)), {"x": x}], ["used"])["used"]
     assert torch.allclose(found.gram, x.T @ x / 5, atol=1e-6) and found.count == 15
+    model.again = model.used
+    assert {name: one.count for name, one in sparsity.observe(model, x, ["used", "again"]).items()} == {
+        "used": 5, "again": 5,
+    }  # fmt: skip
     with pytest.raises(Unsupported, match="no calibration batch reached unused"):
         sparsity.observe(model, x, ["used", "unused"])
     with pytest.raises(Unsupported, match="no calibration batch reached used"):

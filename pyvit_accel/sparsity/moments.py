@@ -96,16 +96,16 @@ def observe(
     Raises ValueError for a model in training mode, for no batch and for inputs that are not finite; Unsupported, naming
     the layer, when no batch reached it.
     """
-    layers = list(layers)
-    sums = {name: Sums() for name in layers}
+    modules = {name: model.get_submodule(name) for name in layers}
+    sums = {module: Sums() for module in modules.values()}  # of which one may have several names
 
-    def hook_of(name: str):
-        return lambda module, args, kwargs: sums[name].add(args[0] if args else next(iter(kwargs.values())))
+    def add(module, args, kwargs):
+        sums[module].add(args[0] if args else next(iter(kwargs.values())))
 
-    with hooked({model.get_submodule(name): hook_of(name) for name in layers}):
+    with hooked(dict.fromkeys(sums, add)):
         for args, kwargs in calls(model, batches, progress):
             model(*args, **kwargs)
-    return {name: found.result(name) for name, found in sums.items()}
+    return {name: sums[module].result(name) for name, module in modules.items()}
 
 
 class hooked:
