@@ -203,7 +203,7 @@ WRONG = {
     "w_packed at 0x500004 with rows of 576 bytes": {"w_packed": 0x500004},
     "out_bits=9; codes have 2 to 8 bits": {"out_bits": 9, "out_scale": 1 << 30},
     "activation=4; it is 0 none, 1 gelu, 2 gelu_tanh or 3 quick_gelu": {"activation": 4},
-    "M=2147483647, N=16 are more tiles of 64 x 32 than a grid has blocks; split M": {"M": 2**31 - 1},
+    "M=2147483647, N=16 are more tiles of 64 x 32 than a grid has blocks; split the larger": {"M": 2**31 - 1},
 }
 
 
@@ -215,12 +215,13 @@ def test_what_cannot_be_computed(text):
 
 
 @needs_library
-def test_tokens_beyond_the_last_tile_are_counted_too():
-    """The last tile of a cluster ends up to two tiles beyond M; int32 holds all of its tokens."""
-    config = "lowbit_linear_sm90_w8_256x176"
-    launcher.OP.plan(problem(2**31 - 1 - 4 * 176, 16, 32), 90, 132, config)
-    with pytest.raises(ValueError, match="more tiles of 256 x 176 than a grid has blocks"):
-        launcher.OP.plan(problem(2**31 - 4 * 176, 16, 32), 90, 132, config)
+def test_what_lies_beyond_the_last_tile_is_counted_too():
+    """The last tile of a cluster ends up to two tiles beyond M, or one beyond N; int32 holds all of it."""
+    config, most = "lowbit_linear_sm90_w8_256x176", 2**31 - 1
+    for M, N in ((most - 4 * 176, 16), (16, most - 2 * 256)):
+        launcher.OP.plan(problem(M, N, 32), 90, 132, config)
+        with pytest.raises(ValueError, match="more tiles of 256 x 176 than a grid has blocks; split the larger"):
+            launcher.OP.plan(problem(M + (N == 16), N + (M == 16), 32), 90, 132, config)
 
 
 @needs_library

@@ -202,7 +202,7 @@ BUGS = {  # kernel, pattern, new text, which match, what is said
     "a stage given back while it is read": (HOPPER, r"wgmma\.wait_group\.sync\.aligned 0;", "", 0, "a wgmma reads"),
     "the producer does not wait": (HOPPER, WAIT, "setp.eq.s32 p, 0, 0;", -1, "race|more than its 1 arrivals"),
     "metadata beyond the weight": (
-        HOPPER, r"(ld\.global\.v2\.u32 [^\[]*\[%rd\d+)\]", r"\1+65536]", 0, "out-of-bounds"),
+        HOPPER, r"(ld\.global\.v2\.u32 [^\[]*\[%rd\d+)\]", r"\1+1073741824]", 0, "out-of-bounds"),
 }  # fmt: skip
 
 
@@ -248,7 +248,8 @@ WRONG = {
     "x_scale, w_scale or x_zero_point with 16-bit floats, which have none": {"x_zero_point": 1},
     "out_bits=1; codes have 2 to 8 bits": {"out_bits": 1, "out_scale": 1 << 30},
     "activation=4; it is 0 none, 1 gelu, 2 gelu_tanh or 3 quick_gelu": {"activation": 4},
-    "M=2147483647, N=16 are more tiles of 64 x 32 than a grid has blocks; split M": {"M": 2**31 - 1},
+    "M=2147483647, N=16 are more tiles of 64 x 32 than a grid has blocks; split the larger": {"M": 2**31 - 1},
+    "M=16, N=2147483647 are more tiles of 64 x 32 than a grid has blocks": {"M": 16, "N": 2**31 - 1},
 }
 
 

@@ -50,17 +50,18 @@ inline int64_t tiles(const Kernel& kernel, const Epilogue& e) {
 
 inline int check_grid(const char* op, const Kernel& kernel, const Epilogue& e) {
   constexpr int64_t MAX_GRID = 0x7FFFFFFF;
-  const int64_t beyond = 2 * kernel.tokens * kernel.cluster_tokens;  // of the last tiles, which are counted in int32 too
-  if (tiles(kernel, e) <= MAX_GRID && e.M <= MAX_GRID - beyond) return OK;
-  return fail(ERROR_ARGUMENT, "%s: M=%d, N=%d are more tiles of %d x %d than a grid has blocks; split M", op, e.M, e.N,
-              kernel.features, kernel.tokens);
+  const int64_t tokens = 2 * kernel.tokens * kernel.cluster_tokens;  // of the last tiles, which are counted in int32 too
+  const int64_t features = 2 * kernel.features * kernel.cluster_features;
+  if (tiles(kernel, e) <= MAX_GRID && e.M <= MAX_GRID - tokens && e.N <= MAX_GRID - features) return OK;
+  return fail(ERROR_ARGUMENT, "%s: M=%d, N=%d are more tiles of %d x %d than a grid has blocks; split the larger", op, e.M,
+              e.N, kernel.features, kernel.tokens);
 }
 
 // ---- what is chosen
 
 // What a choice is made by; estimates, in clocks of an SM, until they are measured.
 constexpr double L2_BYTES_PER_CLOCK = 32;   // an SM's share when all of them read; by others' measurements 24 to 46 on Hopper
-constexpr double L2_LATENCY = 300;          // by others' (Luo et al., arXiv:2402.13499) somewhat less where nobody else reads
+constexpr double L2_LATENCY = 300;          // not measured on Hopper; an L40 has 222 to 339 (arXiv:2606.22588)
 constexpr double ACTIVATION_CLOCKS = 0.25;  // of an output: 32 instructions
 constexpr double BLOCK_CLOCKS = 1000;       // until the first product, and after the last
 
