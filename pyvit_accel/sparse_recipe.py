@@ -6,7 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -52,6 +52,8 @@ class Sparse24:
             raise ValueError(f"SPARSE24: dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.target is not None and (type(self.target) is not int or self.target < 50):
             raise ValueError(f"SPARSE24: target={self.target!r}; use 10 major + minor of the capability, 90 for sm_90")
+        if not self.layers:
+            raise ValueError('SPARSE24: layers is empty; give globs of names, "*" for all Linears but classifiers')
         if self.rows < 1:
             raise ValueError(f"SPARSE24: rows={self.rows}; a call has at least one, 197 for an image of ViT-B/16")
 
@@ -134,7 +136,7 @@ def _pruned(
     copied = copy.deepcopy(model).requires_grad_(False)
     if not names:
         return copied, [], refused
-    permute = spec.permute and spec.mask != "magnitude" and _can_permute(model, names)
+    permute = _movable(model, names) if spec.permute and spec.mask != "magnitude" else False
     return copied, prune(copied, names, batches, spec.mask, permute=permute, progress=progress), refused
 
 
@@ -192,16 +194,14 @@ def _convert_twin(convert: Any, module: nn.Module, found: Twins) -> Replacement:
     return replace(new, note="\n".join(filter(None, (new.note, found.note))))
 
 
-def _can_permute(model: nn.Module, names: list[str]) -> bool:
-    """Whether every layer that changes with a permutation is among the layers that are replaced."""
+def _movable(model: nn.Module, names: list[str]) -> set[str]:
+    """Layers whose inputs may come in another order: the layer that makes them is replaced too."""
+    found = set()
     for name in names:
-        try:
-            producer = pair_of(model, name).producer
-        except Unsupported:
-            continue
-        if producer not in names:
-            return False
-    return True
+        with suppress(Unsupported):
+            if pair_of(model, name).producer in names:
+                found.add(name)
+    return found
 
 
 def _convert(spec: Sparse24, linear: nn.Linear, found: Found | None) -> Replacement:

@@ -160,8 +160,16 @@ def test_module_says_what_it_is():
     with pytest.raises(ValueError, match="weights of 4 bits; sparse units multiply 8"):
         Sparse24QuantLinear.from_quant(QuantLinear(36, 20, w_bits=4))
     state = new.state_dict()
-    state["_extra_state"][1] = 9
-    with pytest.raises(ValueError, match="packing version 9, expected 1"):
+    state["_extra_state"][0] = 9
+    with pytest.raises(ValueError, match=r"Sparse24QuantLinear: .* packing version 9, .*; expected 1, 20 and 36"):
+        Sparse24QuantLinear.from_config(new.config()).load_state_dict(state)
+
+
+def test_metadata_is_checked_where_nothing_unpacks_it(sparse_units):
+    new = Sparse24QuantLinear.from_quant(quant_linear())
+    state = new.state_dict() | {"w_meta": new.w_meta.clone()}
+    state["w_meta"][0, 0, 0, 0] &= ~0xF
+    with pytest.raises(ValueError, match="sparse24: row 0, chunk 0 has metadata 0; legal are"):
         Sparse24QuantLinear.from_config(new.config()).load_state_dict(state)
 
 

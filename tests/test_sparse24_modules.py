@@ -169,6 +169,13 @@ REFUSALS = {
     "decay=-1": (ValueError, lambda: Sparse24Training(8, 8, decay=-1)),
     "'blocks.9.*' matches no nn.Linear": (ValueError, lambda: train_sparse24(vit(), "blocks.9.*")),
     "mask='best' is not one of": (ValueError, lambda: SPARSE24(mask="best")),
+    "layers is empty; give globs": (ValueError, lambda: SPARSE24(layers=[])),
+    "weight is on meta, without values": (
+        Unsupported, lambda: Sparse24Linear.from_linear(nn.Linear(8, 8, device="meta"))
+    ),
+    "weight holds 1 NaN or infinite values, the first at [3, 5]": (
+        Unsupported, lambda: Sparse24Linear.from_linear(broken(weight=((3, 5), NAN)), "wanda", torch.ones(4, 36))
+    ),
     "rows=0": (ValueError, lambda: SPARSE24(rows=0)),
     "dtype='fp8' is not one of float16, bfloat16, int8": (ValueError, lambda: SPARSE24(dtype="fp8")),
     "target='sm_90'; use 10 major + minor": (ValueError, lambda: SPARSE24(target="sm_90")),

@@ -36,6 +36,18 @@ def test_inputs_move_where_both_are_replaced():
     assert not torch.equal(mask, other) and relative_error(moved(images), model(images)) < 0.5
 
 
+def test_each_layer_moves_or_stays_by_itself():
+    model, images = vit(), pixels()
+    layers = ["*.qkv", "*.proj", "*.fc2"]  # fc1, which makes the inputs of fc2, stays as it is
+    moved, stayed = (
+        accelerate(model, SPARSE24("wanda", layers=layers, permute=permute), [images])[0] for permute in (True, False)
+    )
+    proj, fc2 = ([new.get_submodule(f"blocks.0.{name}").codes() != 0 for new in (moved, stayed)]
+                 for name in ("attn.proj", "mlp.fc2"))  # fmt: skip
+    assert not torch.equal(*proj) and torch.equal(*fc2)
+    assert relative_error(moved(images), model(images)) < 0.5
+
+
 def test_the_gate_knows_what_is_multiplied():
     """proj of ViT-B on Hopper, a large batch: 16 bits gain, int8 is bound by what it writes."""
     proj = nn.Linear(768, 768)

@@ -124,6 +124,11 @@ class Sparse24Operand(NamedTuple):
             )
 
 
+def check_meta(meta: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError, naming row and chunk, for an illegal nibble in the metadata of a weight of this dtype."""
+    _check_nibbles(_nibbles_of(meta, dtype))
+
+
 def to_torch(values: Tensor, meta: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
     """(packed (N, K / 2), meta (N, K / 16) int16 | (N, K / 32) int32) of torch's SparseSemiStructuredTensorCUTLASS.
 

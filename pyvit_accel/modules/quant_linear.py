@@ -17,10 +17,17 @@ MAX_IN_FEATURES = 2**16  # of 255 * 127 each, the largest product with a zero po
 
 
 def check_finite(name: str, t: Tensor | None) -> None:
-    """Raise Unsupported for NaN, which codes cannot hold and would hide, and for infinities."""
-    if t is not None and not torch.isfinite(t).all():
-        count = int((~torch.isfinite(t)).sum())
-        raise Unsupported(f"{name} holds {count} NaN or infinite values; repair the checkpoint")
+    """Raise Unsupported for NaN, which codes cannot hold and would hide, for infinities, and for no values at all."""
+    if t is None:
+        return
+    if t.is_meta:
+        raise Unsupported(f"{name} is on meta, without values; load the model's weights first")
+    finite = torch.isfinite(t)
+    if not finite.all():
+        first = ", ".join(map(str, (~finite).nonzero()[0].tolist()))
+        raise Unsupported(
+            f"{name} holds {int((~finite).sum())} NaN or infinite values, the first at [{first}]; repair the checkpoint"
+        )
 
 
 def check_weight(layer: nn.Linear | nn.Conv2d) -> None:

@@ -173,17 +173,10 @@ class Sparse24Linear(Sparse24Weight):
         }
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([sparse24.VERSION, self.out_features, self.in_features, self.x_zero_point])
+        return self.packed_state(self.x_zero_point)
 
     def set_extra_state(self, state: Tensor) -> None:
-        version, out_features, in_features, x_zero_point = state.tolist()
-        expected = (sparse24.VERSION, self.out_features, self.in_features)
-        if (version, out_features, in_features) != expected:
-            raise ValueError(
-                f"Sparse24Linear: the state is of packing version {version}, out_features={out_features}, "
-                f"in_features={in_features}; expected {expected[0]}, {expected[1]} and {expected[2]}"
-            )
-        self.x_zero_point = x_zero_point
+        self.x_zero_point = self.check_packed_state(state)
 
     def extra_repr(self) -> str:
         kind = "" if self.dtype != "int8" else " per token" if self.x_scale is None else " static"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvit_accel.formats import sparse24
 from pyvit_accel.formats.sparse24 import Sparse24Operand
 
 from .quant_linear import QuantLinear
@@ -63,14 +62,10 @@ class Sparse24QuantLinear(Sparse24Weight, QuantLinear):
         return cls(**{name: value for name, value in config.items() if name != "sparse24"})
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.x_zero_point, sparse24.VERSION])
+        return self.packed_state(self.x_zero_point)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.x_zero_point, version = state.tolist()
-        if version != sparse24.VERSION:
-            raise ValueError(
-                f"Sparse24QuantLinear: the state is of packing version {version}, expected {sparse24.VERSION}"
-            )
+        self.x_zero_point = self.check_packed_state(state)
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace("weight=int8", "weight=2:4 int8")

@@ -17,6 +17,8 @@ def _moved(t: Tensor, to: Tensor) -> Tensor:
 
 
 def _unpack_after_load(module: Sparse24Weight, keys: object) -> None:
+    if not module.w_values.is_meta:
+        sparse24.check_meta(module.w_meta, module.w_values.dtype)  # kernels take every nibble for a legal one
     module.unpack()
 
 
@@ -70,6 +72,21 @@ class Sparse24Weight(nn.Module):
     def codes(self) -> Tensor:
         """The weight (N, K) in its own dtype."""
         return sparse24.unpack(self.w_values, self.w_meta, self.out_features, self.in_features)
+
+    def packed_state(self, x_zero_point: int) -> Tensor:
+        """What a state_dict says beside its tensors: the padding hides N and K."""
+        return torch.tensor([sparse24.VERSION, self.out_features, self.in_features, x_zero_point])
+
+    def check_packed_state(self, state: Tensor) -> int:
+        """x_zero_point of a packed_state. Raises ValueError for one of another layer or packing."""
+        *came, x_zero_point = state.tolist()
+        expected = [sparse24.VERSION, self.out_features, self.in_features]
+        if came != expected:
+            raise ValueError(
+                f"{type(self).__name__}: the state is of packing version {came[0]}, out_features={came[1]}, "
+                f"in_features={came[2]}; expected {expected[0]}, {expected[1]} and {expected[2]}"
+            )
+        return x_zero_point
 
     def weight_bytes(self) -> int:
         """Of the packed weight with its scales and sums."""

@@ -9,7 +9,7 @@ sparsegpt    masks and values that make good what goes (sparsegpt.py)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -52,7 +52,7 @@ def prune(
     batches: Tensor | Mapping | Iterable = (),
     method: str = "sparsegpt",
     *,
-    permute: bool = False,
+    permute: bool | Container[str] = False,
     sequential: bool = True,
     correct_bias: bool = True,
     weigh_tokens: bool = True,
@@ -62,7 +62,7 @@ def prune(
     """Prune the linears whose dotted names match `layers` (globs), in place; one Pruned for each, in their order.
 
     batches       calibration, as of observe; all are kept, for every group of layers is run on them
-    permute       order the inputs of layers whose producer can follow (permute.pair_of) first
+    permute       first order the inputs of layers whose producer can follow (permute.pair_of): all, or these names
     sequential    a group of layers (those of one block) is calibrated on what the pruned groups before it give; False:
                   all of them on the float model, in one pass
     correct_bias  the bias takes up the mean of the error, so that sparsegpt minds its variance alone
@@ -87,7 +87,8 @@ def prune(
     for block, group in stream.groups if progress is None else progress(stream.groups, method):
         moments = stream.moments(block, group) if batches else {}
         for name in group:
-            found.append(_prune_layer(model, name, moments, method, permute, correct_bias, refits))
+            moves = permute if isinstance(permute, bool) else name in permute
+            found.append(_prune_layer(model, name, moments, method, moves, correct_bias, refits))
         stream.advance(block)
     return found
 
