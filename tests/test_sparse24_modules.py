@@ -245,7 +245,9 @@ def test_recipe():
     assert "a classifier reads one row per image" in reasons["head"]
     text = str(report)
     assert "8 2:4 float16 x float16" in text and text.count("this shows accuracy") == 1
-    assert all(0 < one.error < 1 for one in report.layers)
+    errors = sorted(one.error for one in report.layers)
+    assert errors[0] > 0 and errors[-1] < 1
+    assert f"2:4: 8 layers pruned, output error {errors[4]:.2g} (median), at most {errors[-1]:.2g} (blocks." in text
     better, worse = (
         relative_error(accelerate(model, SPARSE24(mask=mask, permute=False), [images])[0](images), model(images))
         for mask in ("sparsegpt", "magnitude")
@@ -255,7 +257,7 @@ def test_recipe():
     assert plain.blocks[0].mlp.fc1.dtype == "bfloat16" and all(one.error is None for one in report.layers)
     with pytest.raises(ValueError, match=r"SPARSE24 chooses weights on calibration images; .*mask=\"magnitude\""):
         accelerate(model, SPARSE24)
-    assert "2:4: 8 layers pruned, output error 0." in text and repr(SPARSE24) == "Recipe(SPARSE24)"
+    assert repr(SPARSE24) == "Recipe(SPARSE24)"
 
 
 def test_recipe_with_int8(tmp_path):
