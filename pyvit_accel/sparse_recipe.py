@@ -26,6 +26,10 @@ from pyvit_accel.sparsity.gate import CLASSIFIERS
 from pyvit_accel.sparsity.moments import calls, hooked
 
 KINDS = frozenset({"torch.nn.modules.linear.Linear", "pyvit_accel.modules.sparse24_training.Sparse24Training"})
+# The layers of an nn.MultiheadAttention as adapters.unpack_attention shows them; they become part of what replaces it.
+IN_ATTENTION = frozenset(
+    {"pyvit_accel.adapters.multihead._InProjection", "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"}
+)
 DENSE_CLASSIFIER = "a classifier reads one row per image, too few for 2:4 to pay"
 NOT_NAMED = "layers= does not name it"
 NEEDS_IMAGES = (
@@ -109,7 +113,7 @@ def _candidates(rules: Iterable[Rule], spec: Sparse24, model: nn.Module) -> tupl
     """Names of the float Linears that are to be pruned, and why others that are meant are not."""
     names, refused = [], {}
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and any(rule.applies(name, module) for rule in rules):
+        if not isinstance(module, Sparse24Training) and any(rule.applies(name, module) for rule in rules):
             try:
                 spec.check(module)
             except Unsupported as reason:
@@ -278,7 +282,7 @@ class Sparse24Recipe(Paired):
         return Paired(
             f"{self.name} + {codes.name}",
             rules,
-            partial(_observe_twins, self.rules, spec, codes),
+            partial(_observe_twins, tuple(replace(r, kinds=r.kinds | IN_ATTENTION) for r in self.rules), spec, codes),
             self.needs_calibration or codes.needs_calibration,
             nested(codes.prepare, self.prepare),
             codes.tokens,
@@ -323,7 +327,7 @@ def sparse24(
 @contextmanager
 def _prepared(spec: Sparse24, model: nn.Module) -> Iterator[nn.Module]:
     """Raises ValueError for a glob that names no layer; at the end what still learns is dense, with its mask."""
-    names = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Sparse24Training)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for glob in spec.layers:
         if glob != "*" and not any(fnmatchcase(name, glob) for name in names):
             some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -220,6 +220,9 @@ def test_block_compiles_and_exports_as_one_graph(sparse_units):
 
 
 def test_recipe_without_data():
+    fresh = vit()
+    nn.init.zeros_(fresh.head.weight)  # which is no pruned layer
+    assert classes(accelerate(fresh, SPARSE24(mask="magnitude") + recipes.W8A8_DYNAMIC)[0]) == ALL
     new, report = accelerate(vit(), SPARSE24(mask="magnitude") + recipes.W8A8_DYNAMIC)
     assert classes(new) == ALL and "layers pruned" not in str(report)
     with pytest.raises(ValueError, match=r"SPARSE24 \+ W8A8_DYNAMIC chooses weights on calibration images; .* 128"):
@@ -260,6 +263,17 @@ def test_gate_and_layers():
     gain, lost = f"{gate.speed_up(10**5, 768, 3072, 90, integer=True):.2f}", "modelled at 1.00 times dense speed"
     assert f"2:4: modelled at {gain} to {gain} times the speed of the dense layers" in str(report)
     assert f"2:4: 0 (1) dense: 100000 rows x 3072 features x 768 inputs, int8: 2:4 is {lost}" in str(report)
+
+
+def test_attention_with_packed_projections():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0, batch_first=True, norm_first=True).eval()
+    model, x = nn.Sequential(layer, nn.Linear(32, 32)).eval(), torch.randn(16, 9, 6) @ torch.randn(6, 32)
+    weight = layer.self_attn.in_proj_weight.clone()
+    new, report = accelerate(model, SPARSE24 + W8A8, [x])
+    assert classes(new)["Sparse24QuantLinear"] == 5 and "2:4: 5 layers pruned" in str(report)
+    assert torch.equal(layer.self_attn.in_proj_weight, weight) and relative_error(new(x), model(x)) < 0.3
+    new, _ = accelerate(model, SPARSE24, [x])
+    assert type(new[0].self_attn) is nn.MultiheadAttention and classes(new)["Sparse24Linear"] == 3
 
 
 def test_what_was_trained_keeps_its_mask():

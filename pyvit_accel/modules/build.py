@@ -165,8 +165,11 @@ def _plan(linears: tuple[nn.Linear, ...], scheme: Scheme, **fields) -> LinearPla
 
 def _packed(plan: LinearPlan) -> QuantLinear:
     new = QuantLinear.from_plan(plan)
-    sparse = plan.sparse24 and new.w_bits == 8 and sparse24.is_sparse(new.codes())
-    return Sparse24QuantLinear.from_quant(new) if sparse else new
+    if not plan.sparse24 or new.w_bits != 8:
+        return new
+    codes = new.codes()
+    pruned = bool(codes.any()) and sparse24.is_sparse(codes)  # nobody pruned a layer that is zeros from its start
+    return Sparse24QuantLinear.from_quant(new) if pruned else new
 
 
 def _dynamic(linears: tuple[nn.Linear, ...], scheme: Scheme, x_minimum: float | None = None) -> LinearPlan:
