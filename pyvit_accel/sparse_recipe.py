@@ -156,15 +156,16 @@ def _observe_twins(rules: Iterable[Rule], spec: Sparse24, codes: Recipe, model: 
     """Prune a copy, and let the recipe of codes see it; batches: None where there are none."""
     batches = None if batches is None else _listed(batches)
     copied, done, refused = _pruned(rules, spec, model, batches or [])
-    for name, module in list(copied.named_modules()):
-        if isinstance(module, Sparse24Training):
-            copied.set_submodule(name, module.to_linear())
+    trained = [(name, module) for name, module in copied.named_modules() if isinstance(module, Sparse24Training)]
+    for name, module in trained:
+        copied.set_submodule(name, module.to_linear())
     seen = None if codes.observe is None or batches is None else codes.observe(copied, batches)
     twins = dict(copied.named_modules(remove_duplicate=False))
     of = {module: twins[name] for name, module in model.named_modules()}
     layers = {model.get_submodule(one.name): (copied.get_submodule(one.name), one) for one in done}
     device = _device(model)
-    return Twins(of, seen, "\n".join((spec.note(device), *_summary(spec, device, layers), *_refusals(refused))))
+    kept = (f"2:4: {len(trained)} layers keep the masks they were trained with",) if trained else ()
+    return Twins(of, seen, "\n".join((spec.note(device), *kept, *_summary(spec, device, layers), *_refusals(refused))))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -280,8 +280,8 @@ def test_what_was_trained_keeps_its_mask():
     model = vit()
     train_sparse24(model, "blocks.0.*")
     masks = {name: m.mask for name, m in model.named_modules() if isinstance(m, Sparse24Training)}
-    new, _ = accelerate(model, SPARSE24(mask="magnitude", layers="blocks.1.*") + recipes.W8A8_DYNAMIC)
-    assert classes(new) == ALL and len(masks) == 4
+    new, report = accelerate(model, SPARSE24(mask="magnitude", layers="blocks.1.*") + recipes.W8A8_DYNAMIC)
+    assert classes(new) == ALL and len(masks) == 4 and "2:4: 4 layers keep the masks they" in str(report)
     assert not new.blocks[0].mlp.fc1.weight[~masks["blocks.0.mlp.fc1"]].any()
     single = nn.Sequential(Sparse24Training.from_linear(nn.Linear(16, 8)), nn.Linear(8, 8)).eval()
     new, _ = accelerate(single, SPARSE24(layers="1", mask="magnitude") + recipes.W8A8_DYNAMIC)
