@@ -2,7 +2,8 @@
 
 PYVIT_ACCEL_EXT=auto|cpu|cuda|off   auto (default) builds what this machine can and says what it could not; cpu builds
                                     the CPU kernels alone, and must; cuda must build the CUDA kernels, else as auto.
-                                    Kernels of an earlier build that an install does not build anew are removed.
+                                    Kernels of an earlier build that an install does not build anew are removed;
+                                    cpu, into a source tree, leaves those of build_cuda there.
 
 The CUDA kernels need nvcc of CUDA 12.8 or newer, on the PATH or under CUDA_HOME, and neither torch nor a GPU:
 `python setup.py build_cuda` builds them alone, into the source tree.
@@ -204,7 +205,8 @@ class DropKernels(Command):
             self.folder = Path(self.get_finalized_command("build").build_lib)
 
     def run(self):
-        for path in [*self.folder.glob("pyvit_accel/_C*.so"), *self.folder.glob(CUDA_LIBRARY)]:
+        keeps_cuda = self.editable_mode and WANTED == "cpu"
+        for path in [*self.folder.glob("pyvit_accel/_C*.so"), *([] if keeps_cuda else self.folder.glob(CUDA_LIBRARY))]:
             path.unlink()
             say(f"removed {path}, of an earlier build")
 

@@ -76,9 +76,12 @@ def test_which_nvcc_builds_it(monkeypatch, tmp_path):
     assert find() is None
 
 
-@pytest.mark.parametrize("command", ["build", "editable_wheel"])
-def test_an_install_keeps_no_kernels_that_it_did_not_build(tmp_path, command):
-    """Of an earlier one, in the folder that is installed; an editable install's is the source tree."""
+@pytest.mark.parametrize(
+    ("command", "wanted", "left"), [("build", "off", 0), ("editable_wheel", "off", 0), ("editable_wheel", "cpu", 1)]
+)
+def test_an_install_keeps_no_kernels_that_it_did_not_build(tmp_path, command, wanted, left):
+    """Of an earlier one, in the folder that is installed; an editable install's is the source tree, where cpu leaves
+    what build_cuda made."""
     root = Path(__file__).parents[1]
     for name in ("setup.py", "README.md"):
         shutil.copy(root / name, tmp_path)
@@ -93,12 +96,13 @@ def test_an_install_keeps_no_kernels_that_it_did_not_build(tmp_path, command):
     options = ["--build-lib", "lib"] if command == "build" else ["--dist-dir", "dist"]
     made = subprocess.run(
         [sys.executable, "setup.py", "-q", command, *options], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PYVIT_ACCEL_EXT": "off"}, check=False,
+        env=os.environ | {"PYVIT_ACCEL_EXT": wanted}, check=False,
     )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    dropped = folders[command == "build"]
-    assert {folder: len(list(folder.glob("*.so"))) for folder in folders} == {f: 2 * (f != dropped) for f in folders}
-    assert made.stdout.count(", of an earlier build") == 2
+    assert made.returncode == (wanted == "cpu"), made.stderr  # cpu must build, and this tree has no C++
+    dropped, other = folders[::-1] if command == "build" else folders
+    assert [path.name for path in dropped.glob("*.so")] == [built.PATH.name] * left
+    assert len(list(other.glob("*.so"))) == 2
+    assert made.stdout.count(", of an earlier build") == 2 - left
 
 
 # What is said when it was not built, or not for this version.
