@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu import launchers
+from bench.gpu.goals import BLOCKS_24
 from bench.gpu.made import about
 from bench.gpu.shapes import B, H, L
 from bench.gpu.task import Task
@@ -21,21 +22,25 @@ from pyvit_accel import accelerate, backends, recipes
 from pyvit_accel.models import create_vit
 
 NAMES = {B: "vit_base_patch16_224", L: "vit_large_patch16_224", H: "vit_huge_patch14_224"}
-FLOAT, WHOLE = "compiled bf16", "compiled bf16, whole"
+FLOAT, WHOLE, SPARSE = "compiled bf16", "compiled bf16, whole", BLOCKS_24
 RECIPES = {
     "W8A8_DYNAMIC": recipes.W8A8_DYNAMIC,
     "W8A8": recipes.W8A8,
     "W8A8, bytes": recipes.integer(8, 8, softmax=None),
     "W4A8": recipes.integer(4, 8, search=False),
+    SPARSE: recipes.SPARSE24(mask="magnitude") + recipes.W8A8_DYNAMIC,  # every layer: made on the CPU, without a gate
 }
 CASES = (  # of all models the first, then what each is known for
     *((B, batch, name) for batch in (64, 8, 1) for name in ("W8A8_DYNAMIC", FLOAT, "W8A8")),
-    (L, 64, "W8A8_DYNAMIC"), (L, 64, FLOAT), (H, 64, "W8A8_DYNAMIC"), (H, 64, FLOAT), (B, 64, WHOLE), (B, 1, "W4A8"),
+    (L, 64, "W8A8_DYNAMIC"), (L, 64, FLOAT), (H, 64, "W8A8_DYNAMIC"), (H, 64, FLOAT), (B, 64, SPARSE),
+    (L, 64, SPARSE), (B, 64, WHOLE), (B, 1, "W4A8"),
     (B, 64, "W8A8, bytes"), (B, 256, "W8A8_DYNAMIC"), (B, 256, FLOAT), (B, 256, "W8A8"),
     *((model, batch, name) for batch in (1, 8, 256) for model in (L, H) for name in ("W8A8_DYNAMIC", FLOAT)),
 )  # fmt: skip
-TINY = (("tiny", 2, "W8A8_DYNAMIC"), ("tiny", 2, "W8A8"), ("tiny", 2, FLOAT), ("tiny", 2, WHOLE), ("tiny", 2, "W4A8"))
+TINY = (("tiny", 2, "W8A8_DYNAMIC"), ("tiny", 2, "W8A8"), ("tiny", 2, FLOAT), ("tiny", 2, WHOLE), ("tiny", 2, "W4A8"),
+        ("tiny", 2, SPARSE))  # fmt: skip
 BYTES_OURS, BYTES_BF16 = 26, 44  # that a block moves for each token and channel, fused as well as can be
+BYTES = {"W4A8": 0.5, SPARSE: 0.625}  # of a weight; else 1
 ON_CPU = "on the CPU"
 CHECKED = (B, "tiny")  # beside the float model, and beside the same codes on the CPU
 FAR = 0.5  # of the norm of the float model's logits: random weights, whose logits say little
@@ -147,7 +152,7 @@ def time_model(zoo: Zoo, name: str, batch: int, implementation: str) -> dict:
     logits = call(sets[0])[:2].float().cpu()
     if not bool(logits.isfinite().all()):
         raise AssertionError("logits that are not finite")
-    if checked:
+    if checked and recipe != SPARSE:  # half of random weights is another model
         row["logit_error"] = distance(logits, truth, FAR)
     if checked and not is_float and backends.HAS_CPU_KERNELS and (ON_CPU, name, recipe) in zoo.made:
         row["beside_cpu"] = distance(logits, zoo.made[ON_CPU, name, recipe](few.cpu()), FAR_FROM_CPU)
@@ -169,7 +174,7 @@ def work(model: nn.Module, name: str, batch: int, implementation: str, backend: 
     macs = tokens * C * (4 * C + 2 * hidden) + 2 * tokens**2 * C
     parameters = sum(p.numel() for p in model.parameters())
     is_float = backend is None
-    weights = parameters * (2 if is_float else 0.5 if implementation.startswith("W4") else 1)
+    weights = parameters * (2 if is_float else BYTES.get(implementation, 1))
     moved = config.depth * batch * tokens * C * (BYTES_BF16 if is_float else BYTES_OURS)
     ops = 2 * batch * (config.depth * macs + config.num_patches * C * config.in_channels * config.patch_size**2)
     row = about(f"{name} model x{batch}", implementation, backend, "bf16" if is_float else "int8", ops, 0)
