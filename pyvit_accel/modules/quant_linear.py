@@ -53,9 +53,12 @@ class PackedWeight(nn.Module):
 
     def pack(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Take codes (N, K) int8, their scale (N,) | (N, G) and a bias (N,)."""
-        self.w_packed = packed.pack(codes, self.w_bits)
+        self.pack_codes(codes)
         self.w_scale = scale.detach().float().contiguous()
         self.bias = None if bias is None else bias.detach().float().clone()
+
+    def pack_codes(self, codes: Tensor) -> None:
+        self.w_packed = packed.pack(codes, self.w_bits)
 
     def check_inputs(self, x: Tensor) -> None:
         """The ops see the padded length of a packed weight only."""

@@ -102,8 +102,8 @@ class Sparse24Linear(Sparse24Weight):
         w = pruned_weight(linear, mask, inputs)
         if dtype is None:
             dtype = "bfloat16" if linear.weight.dtype == torch.bfloat16 else "float16"
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, dtype, x_scale is not None)
-        new = new.to(linear.weight.device)
+        with linear.weight.device:
+            new = cls(linear.in_features, linear.out_features, linear.bias is not None, dtype, x_scale is not None)
         if x_scale is not None:
             affine.check_scale(x_scale)
             new.x_scale, new.x_zero_point = x_scale.detach().float().reshape(1).to(w.device), x_zero_point
@@ -171,12 +171,6 @@ class Sparse24Linear(Sparse24Weight):
             "dtype": self.dtype,
             "x_static": self.x_scale is not None,
         }
-
-    def get_extra_state(self) -> Tensor:
-        return self.packed_state(self.x_zero_point)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.x_zero_point = self.check_packed_state(state)
 
     def extra_repr(self) -> str:
         kind = "" if self.dtype != "int8" else " per token" if self.x_scale is None else " static"

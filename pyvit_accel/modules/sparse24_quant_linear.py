@@ -17,9 +17,11 @@ class Sparse24QuantLinear(Sparse24Weight, QuantLinear):
 
     dense = "w_packed"
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **inputs) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, w_bits: int = 8, **inputs) -> None:
         """inputs: x_bits .. x_table of QuantLinear."""
-        super().__init__(in_features, out_features, bias, 8, **inputs)
+        if w_bits != 8:
+            raise ValueError(f"Sparse24QuantLinear: weights of {w_bits} bits; sparse units multiply 8")
+        super().__init__(in_features, out_features, bias, w_bits, **inputs)
         rest = dict(self._buffers)
         self._buffers.clear()
         self.register_packed(torch.int8)
@@ -29,20 +31,15 @@ class Sparse24QuantLinear(Sparse24Weight, QuantLinear):
     @classmethod
     def from_quant(cls, linear: QuantLinear) -> Sparse24QuantLinear:
         """The same layer. Raises ValueError, naming row and chunk, for codes that are not 2:4, or not of 8 bits."""
-        if linear.w_bits != 8:
-            raise ValueError(f"Sparse24QuantLinear: weights of {linear.w_bits} bits; sparse units multiply 8")
-        new = cls(**{name: value for name, value in linear.config().items() if name != "w_bits"})
-        new = new.to(linear.w_scale.device)
+        with linear.w_scale.device:
+            new = cls(**linear.config())
         new.pack(linear.codes(), linear.w_scale, linear.bias)
         new.unit_scale, new.x_scale, new.x_table = linear.unit_scale, linear.x_scale, linear.x_table
         new.x_zero_point = linear.x_zero_point
         return new
 
-    def pack(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """Take codes (N, K) int8, 2:4, their scale (N,) and a bias (N,)."""
+    def pack_codes(self, codes: Tensor) -> None:
         self.w_values, self.w_meta, self.w_sum = Sparse24Operand.of(codes)
-        self.w_scale = scale.detach().float().contiguous()
-        self.bias = None if bias is None else bias.detach().float().clone()
         self.unpack()
 
     @property
@@ -54,18 +51,11 @@ class Sparse24QuantLinear(Sparse24Weight, QuantLinear):
         return "2:4 int8", f"int{self.x_bits}"
 
     def config(self) -> dict:
-        inherited = super().config()
-        return {name: value for name, value in inherited.items() if name != "w_bits"} | {"sparse24": True}
+        return super().config() | {"sparse24": True}
 
     @classmethod
     def from_config(cls, config: dict) -> Sparse24QuantLinear:
         return cls(**{name: value for name, value in config.items() if name != "sparse24"})
-
-    def get_extra_state(self) -> Tensor:
-        return self.packed_state(self.x_zero_point)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.x_zero_point = self.check_packed_state(state)
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace("weight=int8", "weight=2:4 int8")

@@ -17,9 +17,9 @@ def _moved(t: Tensor, to: Tensor) -> Tensor:
 
 
 def _unpack_after_load(module: Sparse24Weight, keys: object) -> None:
-    if not module.w_values.is_meta:
-        sparse24.check_meta(module.w_meta, module.w_values.dtype)  # kernels take every nibble for a legal one
     module.unpack()
+    if getattr(module, module.dense) is None and not module.w_values.is_meta:  # else unpacking has read the metadata
+        sparse24.check_meta(module.w_meta, module.w_values.dtype)  # kernels take every nibble for a legal one
 
 
 class Sparse24Weight(nn.Module):
@@ -32,6 +32,7 @@ class Sparse24Weight(nn.Module):
     dense = "w_dense"
     in_features: int
     out_features: int
+    x_zero_point: int
 
     def register_packed(self, dtype: torch.dtype) -> None:
         """The saved buffers, blank, and no dense form."""
@@ -73,12 +74,12 @@ class Sparse24Weight(nn.Module):
         """The weight (N, K) in its own dtype."""
         return sparse24.unpack(self.w_values, self.w_meta, self.out_features, self.in_features)
 
-    def packed_state(self, x_zero_point: int) -> Tensor:
-        """What a state_dict says beside its tensors: the padding hides N and K."""
-        return torch.tensor([sparse24.VERSION, self.out_features, self.in_features, x_zero_point])
+    def get_extra_state(self) -> Tensor:
+        """Of the tensors, whose padding hides N and K."""
+        return torch.tensor([sparse24.VERSION, self.out_features, self.in_features, self.x_zero_point])
 
-    def check_packed_state(self, state: Tensor) -> int:
-        """x_zero_point of a packed_state. Raises ValueError for one of another layer or packing."""
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError for the state of another layer or packing."""
         *came, x_zero_point = state.tolist()
         expected = [sparse24.VERSION, self.out_features, self.in_features]
         if came != expected:
@@ -86,7 +87,7 @@ class Sparse24Weight(nn.Module):
                 f"{type(self).__name__}: the state is of packing version {came[0]}, out_features={came[1]}, "
                 f"in_features={came[2]}; expected {expected[0]}, {expected[1]} and {expected[2]}"
             )
-        return x_zero_point
+        self.x_zero_point = x_zero_point
 
     def weight_bytes(self) -> int:
         """Of the packed weight with its scales and sums."""
