@@ -113,6 +113,11 @@ class Recipe:
     def __repr__(self) -> str:
         return f"Recipe({self.name})"
 
+    def seen(self, model: nn.Module, batches: Any) -> Any:
+        """What observe finds on the batches, None where there are none; None where it is not called."""
+        called = self.observe is not None and (batches is not None or self.reads_weights)
+        return self.observe(model, batches) if called else None
+
     def __add__(self, other: Recipe) -> Recipe:
         """Both: the rules of the first have the first word. Of their observers, that of the one that needs it."""
         if self.tokens is not None and other.tokens is not None:
@@ -229,8 +234,7 @@ def accelerate(
     modules = dict(model.named_modules(remove_duplicate=False))
     reading = None if recipe.tokens is None else recipe.tokens.read(model)
     with recipe.prepare(model):
-        observes = recipe.observe is not None and (calibration is not None or recipe.reads_weights)
-        observed = recipe.observe(model, calibration) if observes else None
+        observed = recipe.seen(model, calibration)
         plan, refused = _plan(model, recipe, observed)
         if strict and refused:
             name, reason = next(iter(refused.items()))

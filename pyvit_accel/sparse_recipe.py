@@ -84,11 +84,14 @@ class Sparse24:
         return f"2:4: layers chosen for sm_{capability} and {self.rows} rows a call; the gate is modelled, not measured"
 
 
+Layers = Mapping[nn.Module, tuple[nn.Linear, Pruned]]  # those of a model, and what became of their copies
+
+
 @dataclass(frozen=True)
 class Found:
     """The pruned layers, and why others are not, by the layers of the model."""
 
-    layers: Mapping[nn.Module, tuple[nn.Linear, Pruned]]
+    layers: Layers
     reasons: Mapping[nn.Module, str]
     note: str
 
@@ -125,7 +128,7 @@ def _candidates(rules: Iterable[Rule], spec: Sparse24, model: nn.Module) -> tupl
 
 def _pruned(
     rules: Iterable[Rule], spec: Sparse24, model: nn.Module, batches: list
-) -> tuple[nn.Module, list[Pruned], dict[str, str]]:
+) -> tuple[nn.Module, Layers, dict[str, str]]:
     """A copy of the model, what was pruned in it, and the reasons of the layers that were not, by name."""
     names, refused = _candidates(rules, spec, model)
     if batches:
@@ -134,20 +137,22 @@ def _pruned(
         with hooked({module: lambda module, *_: reached.add(module) for module in layers.values()}):
             for args, kwargs in calls(model, batches):
                 model(*args, **kwargs)
+                if len(reached) == len(layers):
+                    break
         missed = [name for name, module in layers.items() if module not in reached]
         refused |= {name: f"no calibration batch reached {name}; it has no statistics" for name in missed}
         names = [name for name in names if name not in missed]
     copied = copy.deepcopy(model).requires_grad_(False)
     if not names:
-        return copied, [], refused
+        return copied, {}, refused
     permute = _movable(model, names) if spec.permute and spec.mask != "magnitude" else False
-    return copied, prune(copied, names, batches, spec.mask, permute=permute, progress=progress), refused
+    done = prune(copied, names, batches, spec.mask, permute=permute, progress=progress)
+    return copied, {model.get_submodule(one.name): (copied.get_submodule(one.name), one) for one in done}, refused
 
 
 def _observe(rules: Iterable[Rule], spec: Sparse24, model: nn.Module, batches: Any) -> Found:
     """Prune a copy of the model on the batches."""
-    copied, done, refused = _pruned(rules, spec, model, _listed(batches))
-    layers = {model.get_submodule(one.name): (copied.get_submodule(one.name), one) for one in done}
+    _, layers, refused = _pruned(rules, spec, model, _listed(batches))
     reasons = {model.get_submodule(name): reason for name, reason in refused.items()}
     return Found(layers, reasons, "\n".join(_summary(spec, _device(model), layers)))
 
@@ -155,14 +160,13 @@ def _observe(rules: Iterable[Rule], spec: Sparse24, model: nn.Module, batches: A
 def _observe_twins(rules: Iterable[Rule], spec: Sparse24, codes: Recipe, model: nn.Module, batches: Any) -> Twins:
     """Prune a copy, and let the recipe of codes see it; batches: None where there are none."""
     batches = None if batches is None else _listed(batches)
-    copied, done, refused = _pruned(rules, spec, model, batches or [])
+    copied, layers, refused = _pruned(rules, spec, model, batches or [])
     trained = [(name, module) for name, module in copied.named_modules() if isinstance(module, Sparse24Training)]
     for name, module in trained:
         copied.set_submodule(name, module.to_linear())
-    seen = None if codes.observe is None or batches is None else codes.observe(copied, batches)
+    seen = codes.seen(copied, batches)
     twins = dict(copied.named_modules(remove_duplicate=False))
     of = {module: twins[name] for name, module in model.named_modules()}
-    layers = {model.get_submodule(one.name): (copied.get_submodule(one.name), one) for one in done}
     device = _device(model)
     kept = (f"2:4: {len(trained)} layers keep the masks they were trained with",) if trained else ()
     return Twins(of, seen, "\n".join((spec.note(device), *kept, *_summary(spec, device, layers), *_refusals(refused))))
@@ -172,9 +176,7 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _summary(
-    spec: Sparse24, device: torch.device, layers: Mapping[nn.Module, tuple[nn.Linear, Pruned]]
-) -> Iterator[str]:
+def _summary(spec: Sparse24, device: torch.device, layers: Layers) -> Iterator[str]:
     """Lines of the report: what the pruned layers lost, and what they are to gain."""
     errors = sorted((one.output_error, one.name) for _, one in layers.values() if one.output_error is not None)
     if errors:
@@ -358,8 +360,4 @@ def _seen_by(i: int, convert: Any, module: nn.Module, found: tuple | None) -> Re
 
 def _observe_both(first: Recipe, second: Recipe, model: nn.Module, batches: Any) -> tuple:
     batches = None if batches is None else _listed(batches)
-    return tuple(
-        recipe.observe(model, batches)
-        if recipe.observe is not None and (batches is not None or recipe.reads_weights) else None
-        for recipe in (first, second)
-    )
+    return tuple(recipe.seen(model, batches) for recipe in (first, second))
