@@ -133,7 +133,7 @@ def sparse24_linear(
 ) -> Tensor:
     """config: the name of the kernel, one of OP.configs(), which runs on this GPU and has this dtype; None chooses.
 
-    rows: sparse24.rows_of(values), which the kernels with _rows_ in their name need; None chooses them never.
+    rows: sparse24.rows_of(values), which the kernels with _rows_ in their name need; without, they are not chosen.
     """
     y = empty_result(x, out_features, out_scale)
     if y.numel():
