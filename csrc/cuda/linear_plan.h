@@ -23,6 +23,30 @@ inline bool vectors(const Epilogue& e, int output_bytes = 4) {
 
 // ---- what is refused
 
+inline int check_sizes(const char* op, const Epilogue& e, int K, int max_K) {
+  if (e.M >= 1 && e.N >= 1 && K >= 1 && K <= max_K) return OK;
+  return fail(ERROR_ARGUMENT, "%s: M=%d, N=%d, K=%d; use 1 or more, and K up to %d", op, e.M, e.N, K, max_K);
+}
+
+struct Given {
+  const char* name;
+  const void* p;
+};
+
+inline int check_given(const char* op, std::initializer_list<Given> needed) {
+  for (const Given& each : needed)
+    if (!each.p) return fail(ERROR_ARGUMENT, "%s: %s is null", op, each.name);
+  return OK;
+}
+
+// Of x (M, stride bytes), K-major.
+inline int check_rows(const char* op, const void* x, int64_t stride, int M, int64_t bytes_of_row) {
+  const int64_t row = 16 * ceil_div(bytes_of_row, 16);
+  if (aligned(x, 16) && stride % 16 == 0 && (M == 1 || stride >= row)) return OK;
+  return fail(ERROR_ARGUMENT, "%s: x at %p with rows %lld bytes apart; use multiples of 16, at least %lld apart", op, x,
+              static_cast<long long>(stride), static_cast<long long>(row));
+}
+
 inline int check_outputs(const char* op, const Epilogue& e) {
   if (e.out_scale && (e.out_bits < 2 || e.out_bits > 8))
     return fail(ERROR_ARGUMENT, "%s: out_bits=%d; codes have 2 to 8 bits", op, e.out_bits);

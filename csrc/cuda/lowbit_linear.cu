@@ -13,22 +13,17 @@ constexpr int MAX_K = 131071;  // where int32 sums of 8-bit products, or of 4-bi
 
 int check(const LowbitLinear& p) {
   const Epilogue& e = p.epilogue;
-  if (e.M < 1 || e.N < 1 || p.K < 1 || p.K > MAX_K)
-    return fail(ERROR_ARGUMENT, "lowbit_linear: M=%d, N=%d, K=%d; use 1 or more, and K up to %d", e.M, e.N, p.K, MAX_K);
+  if (const int error = check_sizes("lowbit_linear", e, p.K, MAX_K)) return error;
   if (p.w_bits != 4 && p.w_bits != 8)
     return fail(ERROR_ARGUMENT, "lowbit_linear: w_bits=%d; these kernels have 4 and 8", p.w_bits);
   const int64_t product = (128 + std::abs(static_cast<int64_t>(e.x_zero_point))) << (p.w_bits - 1);
   if (product * p.K > INT32_MAX)
     return fail(ERROR_ARGUMENT, "lowbit_linear: K=%d, x_zero_point=%d; int32 sums of %d-bit weights are exact for K up to %lld",
                 p.K, e.x_zero_point, p.w_bits, static_cast<long long>(INT32_MAX / product));
-  const void* needed[] = {p.x, e.w_packed, e.x_scale, e.w_scale, e.y};
-  const char* names[] = {"x", "w_packed", "x_scale", "w_scale", "y"};
-  for (int i = 0; i < 5; ++i)
-    if (!needed[i]) return fail(ERROR_ARGUMENT, "lowbit_linear: %s is null", names[i]);
-  const int64_t columns = 16 * ceil_div(p.K, 16);
-  if (!aligned(p.x, 16) || p.x_stride % 16 || (e.M > 1 && p.x_stride < columns))
-    return fail(ERROR_ARGUMENT, "lowbit_linear: x at %p with rows %lld bytes apart; use multiples of 16, at least %lld apart",
-                static_cast<const void*>(p.x), static_cast<long long>(p.x_stride), static_cast<long long>(columns));
+  if (const int error = check_given("lowbit_linear", {{"x", p.x}, {"w_packed", e.w_packed}, {"x_scale", e.x_scale},
+                                                      {"w_scale", e.w_scale}, {"y", e.y}}))
+    return error;
+  if (const int error = check_rows("lowbit_linear", p.x, p.x_stride, e.M, p.K)) return error;
   const int64_t w_stride = 64 + 64 * p.w_bits * ceil_div(p.K, 32);
   if (!aligned(e.w_packed, 16) || e.w_stride != w_stride)
     return fail(ERROR_ARGUMENT, "lowbit_linear: w_packed at %p with rows of %lld bytes; K=%d codes of %d bits are %lld, at a multiple of 16",

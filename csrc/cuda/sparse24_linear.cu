@@ -16,21 +16,18 @@ int check(const Sparse24Linear& p) {
   const Epilogue& e = p.epilogue;
   if (p.elements < INT8 || p.elements > BFLOAT16)
     return fail(ERROR_ARGUMENT, "sparse24_linear: elements=%d; they are 0 int8, 1 float16 or 2 bfloat16", p.elements);
-  if (e.M < 1 || e.N < 1 || p.K < 1 || p.K > MAX_K)
-    return fail(ERROR_ARGUMENT, "sparse24_linear: M=%d, N=%d, K=%d; use 1 or more, and K up to %d", e.M, e.N, p.K, MAX_K);
+  if (const int error = check_sizes("sparse24_linear", e, p.K, MAX_K)) return error;
   const bool int8 = p.elements == INT8;
   const int64_t product = (128 + std::abs(static_cast<int64_t>(e.x_zero_point))) << 7, kept = 2 * ceil_div(p.K, 4);
   if (int8 && product * kept > INT32_MAX)
     return fail(ERROR_ARGUMENT, "sparse24_linear: K=%d, x_zero_point=%d; int32 sums are exact for K up to %lld", p.K,
                 e.x_zero_point, static_cast<long long>(INT32_MAX / product / 2 * 4));
-  const void* needed[] = {p.x, p.values, p.meta, e.y, int8 ? e.x_scale : e.y, int8 ? e.w_scale : e.y};
-  const char* names[] = {"x", "values", "meta", "y", "x_scale", "w_scale"};
-  for (int i = 0; i < 6; ++i)
-    if (!needed[i]) return fail(ERROR_ARGUMENT, "sparse24_linear: %s is null", names[i]);
-  const int64_t row = 16 * ceil_div(static_cast<int64_t>(p.K) * (int8 ? 1 : 2), 16);
-  if (!aligned(p.x, 16) || p.x_stride % 16 || (e.M > 1 && p.x_stride < row))
-    return fail(ERROR_ARGUMENT, "sparse24_linear: x at %p with rows %lld bytes apart; use multiples of 16, at least %lld apart",
-                p.x, static_cast<long long>(p.x_stride), static_cast<long long>(row));
+  if (const int error = check_given("sparse24_linear", {{"x", p.x}, {"values", p.values}, {"meta", p.meta}, {"y", e.y}}))
+    return error;
+  if (int8)
+    if (const int error = check_given("sparse24_linear", {{"x_scale", e.x_scale}, {"w_scale", e.w_scale}})) return error;
+  const int64_t bytes_of_row = static_cast<int64_t>(p.K) * (int8 ? 1 : 2);
+  if (const int error = check_rows("sparse24_linear", p.x, p.x_stride, e.M, bytes_of_row)) return error;
   if (!aligned(p.values, 16) || !aligned(p.meta, 16) || !aligned(p.rows, 16))
     return fail(ERROR_ARGUMENT, "sparse24_linear: values at %p, meta at %p and rows at %p; use multiples of 16", p.values,
                 static_cast<const void*>(p.meta), p.rows);
