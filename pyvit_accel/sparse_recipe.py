@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit_accel.convert import Layer, Recipe, Replacement, Rule, nested
-from pyvit_accel.errors import Unsupported
+from pyvit_accel.errors import Unsupported, some
 from pyvit_accel.modules import Sparse24Linear, Sparse24Training
 from pyvit_accel.modules.quant_linear import check_weight
 from pyvit_accel.modules.sparse24_linear import DTYPES
@@ -333,8 +333,7 @@ def _prepared(spec: Sparse24, model: nn.Module) -> Iterator[nn.Module]:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for glob in spec.layers:
         if glob != "*" and not any(fnmatchcase(name, glob) for name in names):
-            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"SPARSE24: layers={glob!r} names no nn.Linear of the model; they are {some or 'none'}")
+            raise ValueError(f"SPARSE24: layers={glob!r} names no nn.Linear of the model; they are {some(names)}")
     yield model
     for name, module in list(model.named_modules()):
         if name and isinstance(module, Sparse24Training):

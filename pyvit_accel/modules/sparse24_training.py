@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyvit_accel import sparsity
+from pyvit_accel.errors import some
 from pyvit_accel.formats import sparse24
 from pyvit_accel.sparsity.gate import CLASSIFIERS
 
@@ -194,10 +195,9 @@ def train_sparse24(model: nn.Module, layers: str | Iterable[str] = "*", **option
     linears = {name: module for name, module in everything if type(module) is nn.Linear}
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in linears):
-            some = ", ".join(list(linears)[:8]) + (", ..." if len(linears) > 8 else "")
             learn = any(isinstance(module, Sparse24Training) for module in model.modules())
             others = "; others learn 2:4 already" if learn else ""
-            raise ValueError(f"train_sparse24: {glob!r} matches no nn.Linear; they are {some or 'none'}{others}")
+            raise ValueError(f"train_sparse24: {glob!r} matches no nn.Linear; they are {some(linears)}{others}")
     chosen = {
         module for name, module in linears.items()
         if name in globs or (any(fnmatchcase(name, glob) for glob in globs) and not _is_classifier(name))

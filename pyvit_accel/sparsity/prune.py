@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from pyvit_accel.errors import Unsupported
+from pyvit_accel.errors import Unsupported, some
 from pyvit_accel.sparsity import masks
 from pyvit_accel.sparsity.moments import Moments
 from pyvit_accel.sparsity.permute import pair_of
@@ -163,8 +163,8 @@ def _check_weight(layer: nn.Linear, name: str) -> None:
 def _matching(model: nn.Module, patterns: list[str]) -> list[str]:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not patterns:
-        raise ValueError(f"prune: no layers are named; they are {', '.join(names[:8])} ...")
+        raise ValueError(f"prune: no layers are named; they are {some(names)}")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"prune: {pattern!r} matches no Linear of the model; they are {', '.join(names[:8])} ...")
+            raise ValueError(f"prune: {pattern!r} matches no Linear of the model; they are {some(names)}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
