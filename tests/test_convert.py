@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -217,9 +218,10 @@ def test_nan_weights_are_kept(recipe, broken):
     model = vit()
     model.get_submodule(broken).weight.data[1, 2] = NAN
     new, report = accelerate(model, recipe)
-    assert kept(report)[broken] == "weight holds 1 NaN or infinite values, the first at [1, 2]; repair the checkpoint"
+    reason = "weight holds 1 NaN or infinite values, the first at [1, 2]; repair the checkpoint"
+    assert kept(report)[broken] == reason
     assert type(new.get_submodule(broken)) is nn.Linear and len(report.replaced) > 2
-    with pytest.raises(Unsupported, match=r"weight holds 1 NaN or infinite values.*; repair the checkpoint"):
+    with pytest.raises(Unsupported, match=re.escape(reason)):
         accelerate(model, recipe, strict=True)
     with pytest.raises(ValueError, match=f"the output of {broken} holds NaN or an infinity in batch 0"):
         accelerate(model, W8A8, [pixels()])
